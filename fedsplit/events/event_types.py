@@ -183,6 +183,14 @@ class RoundCost(Event):
         "`between_stages`, which belong to no client",
         "bytes",
     )
+    framing: Mapping[str, int] = reported(
+        "Bytes of headers and lengths around the arrays, as frames on a socket have them, in the same form as `bytes`; "
+        "kinds without any are left out",
+        "bytes",
+    )
+    client_framing: Mapping[str, Mapping[str, int]] = reported("The same, in the form of `client_bytes`", "bytes")
+    packets: Mapping[str, int] = reported("Number of packets that the trunk served, in the form of `framing`")
+    client_packets: Mapping[str, Mapping[str, int]] = reported("The same, in the form of `client_bytes`")
     seconds: Mapping[str, float] = reported(
         "Time since the last event of this kind, by phase: `training`, `aggregation`, `evaluation`, and `other`, such "
         "as the start, checkpoints and discarded attempts",

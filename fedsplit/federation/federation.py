@@ -298,7 +298,7 @@ class Federation:
         state.before = found.total.loss
         parties.emit(evaluation.event_of(parties, state, 0, found))
         traffic = self._trunk.status().traffic
-        state.trunk_traffic = traffic.document()
+        state.trunk_traffic = traffic.ledger()
         cost = Cost()
         cost.add_evaluation(found)
         parties.emit(cost.event(state, 0, traffic, parties.name))

@@ -158,7 +158,7 @@ class Round:
         state.trunk = parties.trunk.read()
         state.moments = parties.trunk.moments()
         traffic = parties.trunk.status().traffic
-        state.trunk_traffic = traffic.document()
+        state.trunk_traffic = traffic.ledger()
         state.totals.traffic.update(parties.clients.take_shipped())
         self._events.append(self._cost.event(state, self.number, traffic, parties.name))
         if state.virtual is not None:

@@ -10,8 +10,9 @@ from fedsplit.federation.evaluation import Evaluation
 from fedsplit.federation.messages import SAMPLE_SECONDS
 from fedsplit.federation.replies import memory_of, seconds_of
 from fedsplit.federation.run_state import RunState
+from fedsplit.federation.run_totals import with_prefix
 from fedsplit.federation.training import Training
-from fedsplit.trunk.status import Traffic
+from fedsplit.trunk.status import FRAMING, PACKETS, Traffic
 
 
 @dataclass
@@ -71,8 +72,12 @@ class Cost:
             return {name(client): value for client, value in sorted(values.items())}
 
         totals = state.totals
-        sent = totals.bytes_since(RoundCost.name, traffic.document())
+        crossed = traffic.ledger()
         by_client = totals.client_bytes(traffic.by_client())
+
+        def by_kind(prefix: str) -> dict[str, dict[str, float]]:
+            return {kind: named(clients) for kind, clients in with_prefix(by_client, prefix).items()}
+
         elapsed = totals.seconds
         # Discarded attempts, checkpoints, and the start before the first round are no phase of a round.
         other = totals.seconds_since(elapsed) - sum(self.seconds.values())
@@ -84,8 +89,12 @@ class Cost:
         client_seconds = {"training": self.training, "sample": self.sample, "evaluation": self.evaluation}
         return RoundCost(
             round=round,
-            bytes=sent,
-            client_bytes={kind: named(clients) for kind, clients in by_client.items()},  # type: ignore[misc]  # whole
+            bytes=totals.bytes_since(RoundCost.name, crossed),
+            client_bytes=by_kind(""),  # type: ignore[arg-type]  # whole numbers
+            framing=totals.framing_since(RoundCost.name, crossed),
+            client_framing=by_kind(FRAMING),  # type: ignore[arg-type]
+            packets=totals.packets_since(RoundCost.name, crossed),
+            client_packets=by_kind(PACKETS),  # type: ignore[arg-type]
             seconds={**self.seconds, "other": max(0.0, other)},
             client_seconds={phase: named(values) for phase, values in client_seconds.items() if values},
             tokens=tokens,

@@ -55,7 +55,7 @@ def summarise(
         **({"metrics": state.metrics} if state.metrics else {}),
         "forgotten": mean(list(state.forgotten.values())) if state.forgotten else None,
         "aggregation_error": state.error,
-        **state.totals.summary(trunk.traffic.document()),
+        **state.totals.summary(trunk.traffic.ledger()),
         **({} if state.virtual is None else {"virtual": state.virtual.summary()}),
         "peak_memory": {"client": state.totals.client_memory, "trunk": trunk.peak_memory},
     }

@@ -7,7 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from fedsplit.trunk.status import FRAMING, PACKETS
+
+T = TypeVar("T")
 
 CROSSING = ("activation", "gradient", "adapter", "repeated", "client_files")
 """Kinds of bytes that cross in training, up and down. Files of clients cross between the nodes of a cluster."""
@@ -76,13 +80,32 @@ class RunTotals:
             event: Name of the event that reports the bytes.
             trunk: Bytes that the trunk has counted so far, by kind and direction.
         """
-        totals = _by_kind(self._with(trunk))
-        reported = self._reported.get(event, self._reported.get(RESUMED, {}))
-        self._reported[event] = totals
+        return self._since(event, trunk, "")
+
+    def framing_since(self, event: str, trunk: Mapping[str, int]) -> dict[str, int]:
+        """Returns the bytes around the arrays since the last call for the same event, as `bytes_since` does."""
+        return self._since(event, trunk, FRAMING)
+
+    def packets_since(self, event: str, trunk: Mapping[str, int]) -> dict[str, int]:
+        """Returns the numbers of packets since the last call for the same event, as `bytes_since` does."""
+        return self._since(event, trunk, PACKETS)
+
+    def _since(self, event: str, trunk: Mapping[str, int], prefix: str) -> dict[str, int]:
+        """Returns the counts with a prefix since the last call for the same event and prefix."""
+        totals = self._totals(trunk, prefix)
+        reported = self._reported.get(prefix + event, self._reported.get(prefix + RESUMED, {}))
+        self._reported[prefix + event] = totals
         return {kind: total - reported.get(kind, 0) for kind, total in totals.items()}
 
+    def _totals(self, trunk: Mapping[str, int], prefix: str) -> dict[str, int]:
+        """Returns the counts with a prefix over the whole run. Only bytes of arrays are listed where they are 0."""
+        by_kind = _by_kind(with_prefix(self._with(trunk), prefix))
+        return {kind: count for kind, count in by_kind.items() if count or not prefix}
+
     def client_bytes(self, trunk: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
-        """Returns the bytes of each client since the last call, by kind and direction, and then by client.
+        """Returns the counts of each client since the last call, by kind and direction, and then by client.
+
+        Names of framing and of packets begin with `FRAMING` and `PACKETS`.
 
         Files of clients, and what crosses between the stages of a trunk, belong to no client here.
 
@@ -144,7 +167,8 @@ class RunTotals:
     def go_on(self, document: Mapping[str, Any]) -> RunTotals:
         """Returns the totals of a checkpoint, as `document` returned them, to go on from."""
         totals = RunTotals(**{**document, "started": self.started, "traffic": Counter(document["traffic"])})
-        totals.bytes_since(RESUMED, trunk={})  # a new trunk counts from 0
+        for prefix in ("", FRAMING, PACKETS):
+            totals._since(RESUMED, {}, prefix)  # a new trunk counts from 0
         return totals
 
     def summary(self, trunk: Mapping[str, int]) -> dict[str, Any]:
@@ -158,7 +182,9 @@ class RunTotals:
             "tokens_per_second": self.speed,
             "wall_seconds": self.seconds,
             "client_rounds": {"asked": self.asked, "failed": self.failed},
-            "bytes": _by_kind(self._with(trunk)),
+            "bytes": self._totals(trunk, ""),
+            "framing": self._totals(trunk, FRAMING),
+            "packets": self._totals(trunk, PACKETS),
         }
 
     def _with(self, trunk: Mapping[str, int]) -> Counter[str]:
@@ -178,12 +204,25 @@ def _by_kind(traffic: Mapping[str, int]) -> dict[str, int]:
     return sent
 
 
+def with_prefix(counts: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Returns the counts whose names begin with a prefix, without it; for an empty prefix, those of arrays.
+
+    Example:
+        >>> with_prefix({"adapter_up": 5, "packets.token_up": 2}, "packets.")
+        {'token_up': 2}
+    """
+    if not prefix:
+        return {name: count for name, count in counts.items() if "." not in name}
+    return {name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)}
+
+
 def _joined_evaluation(crossed: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
     """Returns bytes by kind and client, with those of evaluation as one kind, and without counts of 0."""
     joined: dict[str, Counter[int]] = {}
     for kind, clients in crossed.items():
+        prefix, dot, purpose = kind.rpartition(".")
         way = kind.rpartition("_")[2]
-        name = f"evaluation_{way}" if kind.startswith("evaluation_") else kind
+        name = f"{prefix}{dot}evaluation_{way}" if purpose.startswith("evaluation_") else kind
         joined.setdefault(name, Counter()).update(clients)
     by_client = {}
     for kind, clients in joined.items():

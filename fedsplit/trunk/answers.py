@@ -13,6 +13,7 @@ from fedsplit.trunk.status import Bytes, Traffic
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Codec, Role
 from fedsplit.wire.example_numbers import examples_of
+from fedsplit.wire.frames import framing
 from fedsplit.wire.packets import RANDOM, Packet, StepKey
 
 
@@ -99,14 +100,19 @@ class Answers:
     def with_norm(self, answer: Packet, norm: Tensor) -> Packet:
         """Returns the answer to the last gradient of a step, with the squared norm () of the trunk's gradient."""
         encoded = EXACT.encode(norm)
+        with_norm = replace(answer, tensors={**answer.tensors, "norm": encoded})
+        # The answer without the norm has been counted.
         self.traffic.gradient.add(answer.key.client, up=0, down=encoded.nbytes)
+        self.traffic.gradient.framing.add(answer.key.client, up=0, down=framing(with_norm) - framing(answer))
         if self.trace is not None:
             self.trace.add_to_last(down=encoded.nbytes)
-        return replace(answer, tensors={**answer.tensors, "norm": encoded})
+        return with_norm
 
     def count(self, crossed: Bytes, up: Packet, down: Packet) -> None:
-        """Adds the bytes of a request and of the answer to some counts."""
+        """Adds a request and the answer to some counts."""
         crossed.add(up.key.client, up.nbytes, down.nbytes)
+        crossed.framing.add(up.key.client, framing(up), framing(down))
+        crossed.packets.add(up.key.client, up=1, down=1)
 
     def record(self, kind: Kind, up: Packet, down: Packet, values: Tensor | None = None) -> None:
         """Adds a request and its answer to the trace, if there is one.

@@ -70,16 +70,23 @@ class Forwards:
         state.intake.check_shape(packet.key, packet.shape, state.settings.batch_size)
         is_pending = state.steps.repeated(packet.key) is not None
         if is_pending or state.admission.has_reserved(packet.key):  # a repeated request must not reserve twice
-            return Packet(packet.key)
+            return self._admission(packet, 0.0)
 
         state.steps.check_order(packet.key)
         state.steps.moves_on(packet.key)  # frees answers, so that the step may fit
         tokens = math.prod(packet.shape[:-1])
         nbytes = math.prod(packet.shape) * part.dtype.itemsize
         if state.admission.reserve(packet.key, tokens, nbytes):
-            return Packet(packet.key)
+            return self._admission(packet, 0.0)
         state.counts.waits += 1
-        return Packet(packet.key, wait=WAIT_SECONDS)
+        return self._admission(packet, WAIT_SECONDS)
+
+    def _admission(self, packet: Packet, wait: float) -> Packet:
+        """Returns the answer to an admission request, and counts both."""
+        answers = self._state.answers
+        answer = Packet(packet.key, wait=wait)
+        answers.count(answers.traffic.activation, packet, answer)  # no tensors: framing alone
+        return answer
 
     def begin(self, packets: Sequence[Packet]) -> Work:
         """Begins one forward for the steps of one or more clients.

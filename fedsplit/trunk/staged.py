@@ -16,7 +16,7 @@ from fedsplit.network.trace import joined_stages
 from fedsplit.trunk import port
 from fedsplit.trunk.copies import Copy, Start
 from fedsplit.trunk.port import Control, Reply, TrunkPort, union
-from fedsplit.trunk.status import Bytes, RoundCounts, Traffic, TrunkStatus, with_joint_memory
+from fedsplit.trunk.status import Bytes, Count, RoundCounts, Traffic, TrunkStatus, with_joint_memory
 from fedsplit.updates import Adapters
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.transport import PendingAnswer
@@ -166,14 +166,20 @@ def _joined_traffic(traffics: Sequence[Traffic]) -> Traffic:
         setattr(joined, purpose, _through(getattr(first, purpose), getattr(last, purpose)))
     for with_a_stage_below in traffics[1:]:
         for crossed in vars(with_a_stage_below).values():
-            joined.between_stages.up += crossed.up
-            joined.between_stages.down += crossed.down
+            inside = joined.between_stages.counts()
+            for prefix, count in crossed.counts().items():
+                inside[prefix].up += count.up
+                inside[prefix].down += count.down
     return joined
 
 
 def _through(entered: Bytes, left: Bytes) -> Bytes:
     """Returns the bytes that clients sent to one stage, and got from another."""
-    return Bytes(entered.up, left.down, dict(entered.up_by_client), dict(left.down_by_client))
+    joined = Bytes()
+    for prefix, count in joined.counts().items():
+        up, down = entered.counts()[prefix], left.counts()[prefix]
+        count.include(Count(up.up, down.down, up.up_by_client, down.down_by_client))
+    return joined
 
 
 def _joined_adapters(adapters: Sequence[Adapters]) -> Adapters:

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Bytes:
-    """Bytes of tensors on the wire for one purpose.
+class Count:
+    """A count in both directions, in all and by client.
 
     Attributes:
-        up: Bytes from clients to the trunk.
-        down: Bytes from the trunk to clients.
+        up: Count from clients to the trunk.
+        down: Count from the trunk to clients.
         up_by_client: The same as `up`, by the number of the client.
         down_by_client: The same as `down`, by the number of the client.
 
     Example:
-        >>> crossed = Bytes()
-        >>> crossed.add(client=3, up=1024, down=16)
-        >>> crossed.up, crossed.up_by_client
+        >>> count = Count()
+        >>> count.add(client=3, up=1024, down=16)
+        >>> count.up, count.up_by_client
         (1024, {3: 1024})
     """
 
@@ -31,26 +31,70 @@ class Bytes:
     down_by_client: dict[int, int] = field(default_factory=dict, compare=False)
 
     def add(self, client: int, up: int, down: int) -> None:
-        """Adds the bytes of a client's request and of the answer."""
+        """Adds counts of a client's request and of the answer."""
         self.up += up
         self.down += down
         self.up_by_client[client] = self.up_by_client.get(client, 0) + up
         self.down_by_client[client] = self.down_by_client.get(client, 0) + down
 
+    def include(self, other: Count) -> None:
+        """Adds a second count, client by client."""
+        self.up += other.up
+        self.down += other.down
+        for client, count in other.up_by_client.items():
+            self.up_by_client[client] = self.up_by_client.get(client, 0) + count
+        for client, count in other.down_by_client.items():
+            self.down_by_client[client] = self.down_by_client.get(client, 0) + count
+
+
+@dataclass
+class Bytes(Count):
+    """Bytes of tensors on the wire for one purpose. The counts of the class itself are payload: the arrays of tensors.
+
+    Attributes:
+        framing: Bytes around the arrays: headers and lengths, as a frame on a socket has them
+            (`fedsplit.wire.frames.framing`). In one process they are counted, too, although nothing is framed there.
+        packets: Number of packets.
+
+    Example:
+        >>> crossed = Bytes()
+        >>> crossed.add(client=3, up=1024, down=16)
+        >>> crossed.packets.add(client=3, up=1, down=1)
+        >>> crossed.up, crossed.packets.up
+        (1024, 1)
+    """
+
+    framing: Count = field(default_factory=Count, compare=False)
+    packets: Count = field(default_factory=Count, compare=False)
+
+    def counts(self) -> dict[str, Count]:
+        """Returns the counts of payload, framing and packets, by the prefix of their names in documents."""
+        return {"": self, FRAMING: self.framing, PACKETS: self.packets}
+
+    def include(self, other: Count) -> None:
+        """Adds second counts, client by client."""
+        super().include(other)
+        if isinstance(other, Bytes):
+            self.framing.include(other.framing)
+            self.packets.include(other.packets)
+
     def copy(self) -> Bytes:
         """Returns an independent copy."""
-        return Bytes(self.up, self.down, dict(self.up_by_client), dict(self.down_by_client))
+        return Bytes() + self
 
     def __add__(self, other: Bytes) -> Bytes:
         """Returns the sum of two counts, client by client."""
-        total = self.copy()
-        total.up += other.up
-        total.down += other.down
-        for client, count in other.up_by_client.items():
-            total.up_by_client[client] = total.up_by_client.get(client, 0) + count
-        for client, count in other.down_by_client.items():
-            total.down_by_client[client] = total.down_by_client.get(client, 0) + count
+        total = Bytes()
+        total.include(self)
+        total.include(other)
         return total
+
+
+FRAMING = "framing."
+"""Prefix of the names of bytes around the arrays, in documents."""
+
+PACKETS = "packets."
+"""Prefix of the names of numbers of packets, in documents."""
 
 
 @dataclass
@@ -88,15 +132,23 @@ class Traffic:
         return Traffic(**{purpose: crossed.copy() for purpose, crossed in vars(self).items()})
 
     def document(self) -> dict[str, int]:
-        """Returns the counts above zero by purpose and direction, such as "activation_up", for result files."""
+        """Returns the bytes of arrays above zero by purpose and direction, such as "activation_up"."""
+        return {name: count for name, count in self.ledger().items() if "." not in name}
+
+    def ledger(self) -> dict[str, int]:
+        """Returns the counts above zero by purpose and direction, as `document` does, with framing and packets.
+
+        Names of framing and of packets begin with `FRAMING` and `PACKETS`, such as "packets.activation_up".
+        """
         counts = {}
         for purpose, crossed in vars(self).items():
-            counts[f"{purpose}_up"] = crossed.up
-            counts[f"{purpose}_down"] = crossed.down
+            for prefix, count in crossed.counts().items():
+                counts[f"{prefix}{purpose}_up"] = count.up
+                counts[f"{prefix}{purpose}_down"] = count.down
         return {name: count for name, count in counts.items() if count}
 
     def by_client(self) -> dict[str, dict[int, int]]:
-        """Returns the bytes by purpose and direction, as `document` does, each by the number of the client.
+        """Returns the counts by purpose and direction, as `ledger` does, each by the number of the client.
 
         The bytes between stages belong to no client.
 
@@ -108,8 +160,9 @@ class Traffic:
         """
         counts = {}
         for purpose, crossed in vars(self).items():
-            counts[f"{purpose}_up"] = crossed.up_by_client
-            counts[f"{purpose}_down"] = crossed.down_by_client
+            for prefix, count in crossed.counts().items():
+                counts[f"{prefix}{purpose}_up"] = count.up_by_client
+                counts[f"{prefix}{purpose}_down"] = count.down_by_client
         return {name: clients for name, clients in counts.items() if clients}
 
 

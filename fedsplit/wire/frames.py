@@ -95,6 +95,23 @@ def header_of(packet: Packet) -> dict[str, Any]:
     return {**plain, "key": vars(packet.key), "tensors": tensors}
 
 
+def _as_text(header: Mapping[str, Any]) -> bytes:
+    """Returns a header as it stands in a frame."""
+    return json.dumps(header).encode()
+
+
+def framing(packet: Packet) -> int:
+    """Returns the bytes of a packet's frame without the arrays.
+
+    Example:
+        >>> empty = Packet(StepKey(round=1, client=0, step=0))
+        >>> with_mask = Packet(empty.key, {"mask": Encoded({"values": np.ones((2, 3), bool)}, {"dtype": "bool"})})
+        >>> framing(with_mask) - framing(empty), with_mask.nbytes
+        (76, 6)
+    """
+    return _PREFIX.size + len(_as_text(header_of(packet)))
+
+
 def send(
     connection: Connection, number: int, message: Packet | Exception, meanwhile: Callable[[], None] | None = None
 ) -> None:
@@ -117,7 +134,7 @@ def send(
         for encoded in message.tensors.values():
             arrays += [np.ascontiguousarray(array) for array in encoded.arrays.values()]
 
-    text = json.dumps(header).encode()
+    text = _as_text(header)
     prefix = _PREFIX.pack(number, len(text))
     # Pieces of memory, and no joined bytes: a copy of the arrays would double the memory of a packet.
     left = [memoryview(prefix + text), *(_bytes_of(array) for array in arrays)]

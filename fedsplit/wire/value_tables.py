@@ -31,7 +31,6 @@ _NORMAL_FLOATS = (
 )
 
 
-
 def _places(units: Tensor, middles: Tensor) -> Tensor:
     """Returns how many of some numbers lie below each value, as `torch.bucketize` does in ten times the time."""
     places = torch.zeros(units.shape, dtype=torch.uint8)

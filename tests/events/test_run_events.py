@@ -94,12 +94,19 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
 def check_costs(costs: list[RoundCost], summary: dict[str, Any]) -> None:
     """The costs of all rounds add up to the totals of the run, and those of all clients to the costs of a round."""
     crossed: Counter[str] = Counter()
+    framing: Counter[str] = Counter()
+    packets: Counter[str] = Counter()
     for cost in costs:
         crossed.update(cost.bytes)
+        framing.update(cost.framing)
+        packets.update(cost.packets)
         of_clients = {kind: sum(clients.values()) for kind, clients in cost.client_bytes.items()}
         assert of_clients == {kind: count for kind, count in cost.bytes.items() if count}
         assert sum(cost.client_tokens.values()) == cost.tokens
     assert dict(crossed) == summary["bytes"]
+    assert (dict(framing), dict(packets)) == (summary["framing"], summary["packets"])
+    assert packets["activation_up"] == packets["gradient_down"] > 0
+    assert framing["activation_up"] > 100 * packets["activation_up"]
     assert sum(cost.tokens for cost in costs) == summary["tokens"]
     spent = sum(sum(cost.seconds.values()) for cost in costs)
     assert spent == pytest.approx(costs[-1].elapsed) and costs[-1].elapsed <= summary["wall_seconds"]

@@ -84,7 +84,10 @@ def test_the_ledger_counts_what_clients_send_once_and_what_stages_send_apart(tin
     traffic = staged.status().traffic
     inside = traffic.between_stages
     traffic.between_stages = Bytes()
-    assert traffic == halved.status().traffic  # the run's codec, towards clients
+    in_one_piece = halved.status().traffic
+    assert traffic == in_one_piece  # the run's codec, towards clients
+    assert traffic.gradient.packets == in_one_piece.gradient.packets
+    assert traffic.gradient.framing == in_one_piece.gradient.framing
     one_way = whole.status().traffic.activation.up
     # The first stage sends exact hidden states with the state of the dropout, and passes on the client's gradient. The
     # second answers with rounded hidden states for the client, with an exact gradient, and with a norm of 8 bytes.

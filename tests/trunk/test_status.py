@@ -30,6 +30,20 @@ def test_bytes_by_client_add_up_and_a_copy_keeps_its_own() -> None:
     assert (joined.up, joined.up_by_client, joined.down_by_client) == (9, {0: 5, 2: 4}, {0: 6, 2: 6})
 
 
+def test_framing_and_packets_are_apart_from_the_bytes_of_arrays() -> None:
+    traffic = Traffic()
+    crossed = traffic.gradient
+    crossed.add(client=1, up=8, down=4)
+    crossed.framing.add(client=1, up=300, down=200)
+    crossed.packets.add(client=1, up=1, down=1)
+    twice = crossed + crossed.copy()
+    assert (twice.up, twice.framing.up, twice.packets.down_by_client) == (16, 600, {1: 2})
+    assert (crossed.framing.up, crossed.packets.up) == (300, 1)
+    assert traffic.document() == {"gradient_up": 8, "gradient_down": 4}
+    assert traffic.ledger()["framing.gradient_down"] == 200
+    assert traffic.by_client()["packets.gradient_up"] == {1: 1}
+
+
 def test_taking_the_counts_of_a_round_resets_them() -> None:
     counts = RoundCounts(steps=2, late=1)
     finished = counts.take()

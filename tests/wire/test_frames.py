@@ -239,3 +239,18 @@ def test_a_frame_that_stops_halfway_is_given_up(begun: bytes, monkeypatch: pytes
         assert there.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(
             16
         )  # between frames there is no limit
+
+
+def test_the_framing_is_what_a_socket_carries_beside_the_arrays() -> None:
+    key = StepKey(1, 0, 0)
+    values = Encoded({"values": np.zeros((2, 3), np.float32)}, {"dtype": "float32", "shape": (2, 3)})
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for sent in (Packet(key, {"hidden": values}), Packet(key, shape=(2, 3, 8)), Packet(key, wait=0.05)):
+            frames.send(ours, 7, sent)
+            carried = len(theirs.recv(2**16))
+            assert carried == frames.framing(sent) + sent.nbytes
+            frames.send(ours, 7, sent)
+            _, arrived = frames.receive(theirs)
+            assert isinstance(arrived, Packet)
+            assert frames.framing(arrived) == frames.framing(sent)  # the trunk counts what came over a socket

@@ -55,8 +55,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in rows:
         codec = row["codec"].replace("|", "; gradients")
+        share = f"1/{exact / row['bytes']:.1f}"
         lines.append(
-            f"| `{codec}` | {row['seeds']} | {row['bytes']:.0f} | 1/{exact / row['bytes']:.1f} | {row['bytes_last']:.0f} "
+            f"| `{codec}` | {row['seeds']} | {row['bytes']:.0f} | {share} | {row['bytes_last']:.0f} "
             f"| {row['perplexity']:.3f} | {row['change']:+.2%} | {row['spread']:.2%} | {row['through']:+.2%} "
             f"| {row['share']:.1%} |"
         )

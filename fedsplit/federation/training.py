@@ -177,17 +177,15 @@ class _Collection:
     def _replay(self) -> TrainingTime | None:
         """Replays the training in virtual time, and leaves out the clients that arrive too late to count."""
         parties = self._parties
-        virtual = parties.virtual
-        if virtual is None:
+        if parties.virtual is None:
             return None
         phases = self._traffic.phases(parties.trunk.take_trace(), self._round)
-        phase = virtual.replay(phases, self._round, "training")
-        self._late = virtual.left_out({client: phase.arrivals[client] for client in sorted(self._used)})
-        for client, reason in self._late.items():
+        found = parties.virtual.training(phases, self._round, self._used.keys(), sorted(self._unavailable))
+        self._late = found.late
+        for client, reason in found.late.items():
             parties.report_failure("training", self._round, self._attempt.number, client, reason)
             self._drop(client)
-        seconds = virtual.end_of_training(phase.arrivals, self._late)
-        return TrainingTime(phase, seconds, self._late, sorted(self._unavailable))
+        return found
 
     def _drop(self, client: int) -> None:
         """Leaves out a client that has sent an update."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedsplit.adaptation.run_adapters import outlined
@@ -66,7 +66,22 @@ class VirtualTime:
         """Returns when each client's answer is at the server; see `fedsplit.network.replay.replay`."""
         return replay(self.field, phases, round, phase)
 
-    def left_out(self, arrivals: Mapping[int, float]) -> dict[int, str]:
+    def training(
+        self, phases: Mapping[int, ClientPhase], round: int, usable: Collection[int], unavailable: Sequence[int]
+    ) -> TrainingTime:
+        """Returns the training of a round in virtual time.
+
+        Args:
+            phases: Work of the clients that have answered.
+            round: Number of the round.
+            usable: Clients whose update can be used.
+            unavailable: Clients that were asked and not available.
+        """
+        phase = self.replay(phases, round, "training")
+        late = self._left_out({client: phase.arrivals[client] for client in sorted(usable)})
+        return TrainingTime(phase, self._end_of_training(phase.arrivals, late), late, unavailable)
+
+    def _left_out(self, arrivals: Mapping[int, float]) -> dict[int, str]:
         """Returns the clients that arrive too late to count, with the reason.
 
         Args:
@@ -86,7 +101,7 @@ class VirtualTime:
                 late[client] = f"{words}, which would arrive after {arrivals[client]:.1f} virtual seconds"
         return dict(sorted(late.items()))
 
-    def end_of_training(self, arrivals: Mapping[int, float], late: Mapping[int, str]) -> float:
+    def _end_of_training(self, arrivals: Mapping[int, float], late: Mapping[int, str]) -> float:
         """Returns the virtual seconds after which the server aggregates.
 
         Args:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,18 +24,27 @@ def fair_rates(limits: Sequence[float], capacity: float) -> list[float]:
         >>> fair_rates([1.0, 8.0, 8.0], capacity=9.0)
         [1.0, 4.0, 4.0]
     """
-    rates = [0.0] * len(limits)
+    level = _level(sorted(limits), capacity)
+    return [min(limit, level) for limit in limits]
+
+
+def _level(ordered: Sequence[float], capacity: float) -> float:
+    """Returns the rate up to which all flows rise; a flow with a smaller limit stops there.
+
+    Args:
+        ordered: Largest rate of each flow, the smallest first.
+        capacity: Bandwidth of the shared link.
+    """
     left = capacity
-    # From the flow with the smallest limit: what it leaves of its share goes to all that follow.
-    ordered = sorted(range(len(limits)), key=lambda flow: limits[flow])
-    for place, flow in enumerate(ordered):
+    for place, limit in enumerate(ordered):
         share = left / (len(ordered) - place)
-        rates[flow] = min(limits[flow], share)
-        left -= rates[flow]
-    return rates
+        if limit >= share:  # so do all that follow
+            return share
+        left -= limit
+    return math.inf  # the link has room for all
 
 
-@dataclass
+@dataclass(eq=False)
 class _Flow:
     """Bytes on their way through a shared link.
 
@@ -100,9 +110,9 @@ class SharedLink:
         rates = fair_rates([flow.limit for flow in self._flows], self._capacity)
         for flow, rate in zip(self._flows, rates, strict=True):
             flow.rate = rate
-        seconds = [max(0.0, flow.left) / flow.rate for flow in self._flows]
-        soonest = min(seconds)
-        ending = [flow for flow, own in zip(self._flows, seconds, strict=True) if own == soonest]
+        seconds = [flow.left / flow.rate for flow in self._flows]
+        soonest = max(0.0, min(seconds))  # rounding may leave less than nothing
+        ending = {flow for flow, own in zip(self._flows, seconds, strict=True) if own <= soonest}
         plan = self._plan
 
         def end(_: simpy.Event) -> None:
@@ -113,10 +123,11 @@ class SharedLink:
         assert timer.callbacks is not None
         timer.callbacks.append(end)
 
-    def _end(self, ending: Sequence[_Flow]) -> None:
+    def _end(self, ending: Collection[_Flow]) -> None:
         """Ends flows whose last byte has passed."""
         self._move()
+        ended = [flow for flow in self._flows if flow in ending]  # in the order of the flows, not of a set
         self._flows = [flow for flow in self._flows if flow not in ending]
-        for flow in ending:
+        for flow in ended:
             flow.done.succeed()
         self._replan()

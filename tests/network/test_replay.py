@@ -6,13 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit.network.compute import TASKS, RecordedCompute
+from fedsplit.network.fair_share import SharedLink
 from fedsplit.network.fleet import TrunkLink
 from fedsplit.network.profiles import Profile
-from fedsplit.network.replay import ClientPhase, Field, replay
+from fedsplit.network.replay import Channel, ClientPhase, Field, replay
 from fedsplit.network.times import PLACES
 from fedsplit.network.trace import Crossing
 from fedsplit.network.trunk_queue import Discipline
@@ -190,3 +192,32 @@ def test_without_a_phase_to_replay_no_library_is_loaded() -> None:
     code = "import sys, fedsplit.network.replay, fedsplit.network.network_checks; print('simpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_messages_of_a_client_keep_their_order_under_jitter() -> None:
+    """The second message draws a smaller delay for some seeds, and still comes after the first."""
+    line = Profile(uplink_mbps=800, downlink_mbps=800, rtt_ms=0, jitter_ms=1000)
+    overtaking = 0
+    for seed in range(8):
+        env = simpy.Environment()
+        channel = Channel(env, SharedLink(env, 1e9, 1e8), 1e8, line, seed, ("up",))
+        arrived: dict[int, float] = {}
+
+        def send(number: int, channel: Channel = channel, env: simpy.Environment = env, arrived: dict = arrived):
+            yield from channel.carry(1000, (number,))
+            arrived[number] = env.now
+
+        for number in (0, 1):
+            env.process(send(number))
+        env.run()
+        assert arrived[0] <= arrived[1]
+        overtaking += arrived[0] == arrived[1]  # the second has waited for the first
+    assert 0 < overtaking < 8
+
+
+@pytest.mark.parametrize("discipline", [Discipline(gathers=True), Discipline(sums=True, every=1)])
+def test_nobody_waits_for_a_client_with_fewer_steps(discipline: Discipline) -> None:
+    longer = [crossing for number in range(3) for crossing in step(0, number)]
+    phases = {0: ClientPhase(0, 0, longer), 1: ClientPhase(0, 0, step(1))}
+    found = replay(Field([LINE, LINE], TrunkLink(), COMPUTE, discipline), phases, 1, "training")
+    assert found.arrivals[0] > found.arrivals[1] > 0

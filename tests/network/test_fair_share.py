@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import simpy
 from hypothesis import given
@@ -24,7 +26,7 @@ def test_rates_are_feasible_efficient_and_fair(limits: list[float], capacity: fl
 
 
 @given(limits=LIMITS, capacity=st.floats(0.1, 500), order=st.randoms())
-def test_rates_do_not_depend_on_the_order(limits: list[float], capacity: float, order: object) -> None:
+def test_rates_do_not_depend_on_the_order(limits: list[float], capacity: float, order: random.Random) -> None:
     places = list(range(len(limits)))
     order.shuffle(places)
     shuffled = fair_rates([limits[place] for place in places], capacity)

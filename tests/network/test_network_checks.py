@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedsplit.errors import InputError
+from fedsplit.errors import InputError, SettingError
 from fedsplit.network import network_checks
 from fedsplit.network.network_checks import check_client_names, check_network
 from fedsplit.settings.documents import build
@@ -19,7 +19,7 @@ def test_settings_without_a_network_have_no_effect() -> None:
     check_network(build({}))
     with pytest.raises(InputError) as refused:
         check_network(build({"network.over_select": 2, "network.trunk_tflops": 3, "network.compute": {"a": 1}}))
-    assert [error.setting for error in refused.value.errors] == [
+    assert [error.setting for error in refused.value.errors if isinstance(error, SettingError)] == [
         "network.trunk_tflops",
         "network.compute",
         "network.over_select",

@@ -17,7 +17,7 @@ from fedsplit.federation.virtual_time import VirtualTime, VirtualTotals
 from fedsplit.network.times import PLACES
 from fedsplit.settings.documents import build
 
-SLOW_FIRST = {
+SLOW_FIRST: dict[str, Any] = {
     "default": {"profile": "lan"},
     "clients": [{"clients": [0], "profile": "home", "uplink_mbps": 0.05}],
 }
@@ -113,23 +113,26 @@ def test_every_schedule_has_a_virtual_time(play: Play, schedule: str) -> None:
     assert sorted(waits, key=waits.__getitem__)[0] == event["stragglers"][0]
 
 
-def test_who_misses_the_deadline_is_left_out_exactly(play: Play) -> None:
-    """Under `copies`, what the slow client trained is nowhere: the others' mean is that of a run without its update."""
-    settings = {"network__profile": SLOW_FIRST, "trunk__schedule": "copies", "rounds": 1}
+@pytest.mark.parametrize("schedule", ["copies", "accumulate"])
+def test_who_misses_the_deadline_is_left_out_exactly(play: Play, schedule: str) -> None:
+    """What the slow client trained is nowhere, at the trunk neither: the result is that of a run without the client."""
+    settings = {"network__profile": SLOW_FIRST, "trunk__schedule": schedule, "rounds": 1}
     folder = play("late", round_deadline=1.0, **settings)
     (event,) = events_of(folder, "network")[1:]
     assert len(event["late"]) == 1 and event["training_seconds"] == 1.0
     (failure,) = events_of(folder, "client-failed")
     assert failure["client"] == 0 and "virtual seconds, and the deadline is 1" in failure["reason"]
     assert len(events_of(folder, "train")[0]["clients"]) == 2
-    # The same clients left out by over-selection: two of three are wanted, and the slow one comes last.
-    folder = play("surplus", fraction=0.67, network__over_select=1.5, **settings)
-    (surplus,) = events_of(folder, "network")[1:]
-    assert surplus["late"] == event["late"] and surplus["training_seconds"] < 1.0
-    assert (
-        tensors_of(folder)["adapter/adapter_model.safetensors"]
-        == tensors_of(folder.parent / "late")["adapter/adapter_model.safetensors"]
-    )
+    # The same client left out by over-selection: two of three are wanted, and the slow one comes last.
+    surplus = play("surplus", fraction=0.67, network__over_select=1.5, **settings)
+    (first_two,) = events_of(surplus, "network")[1:]
+    assert first_two["late"] == event["late"] and first_two["training_seconds"] < 1.0
+    # And by its absence, so that it never trains.
+    absent = {**SLOW_FIRST, "clients": [{**SLOW_FIRST["clients"][0], "availability": 1e-9}]}
+    without = play("without", **{**settings, "network__profile": absent})
+    assert events_of(without, "network")[1]["unavailable"] == event["late"]
+    adapter = "adapter/adapter_model.safetensors"
+    assert tensors_of(folder)[adapter] == tensors_of(surplus)[adapter] == tensors_of(without)[adapter]
 
 
 def test_a_round_for_which_everybody_is_late_changes_nothing(play: Play) -> None:

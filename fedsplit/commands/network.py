@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,18 @@ def _show(call: Call) -> list[str]:
     """Returns the table of a network's profiles by client."""
     flags = call.checked()
     config = build({"network.profile": flags.network, "clients": flags.clients, "seed": flags.seed})
-    names = [f"client {number}" for number in range(config.clients)]
-    profiles = read_fleet(config.network.profile).profiles(names, config.seed)
+    fleet = read_fleet(config.network.profile)
+    # Which numbers the names of clients belong to is known with the data alone: they have rows of their own.
+    by_name = {client: rule.profile for rule in fleet.rules for client in rule.clients if isinstance(client, str)}
+    numbered = []
+    for rule in fleet.rules:
+        numbers = tuple(client for client in rule.clients if isinstance(client, int))
+        numbered.append(replace(rule, clients=numbers))
+    profiles = replace(fleet, rules=tuple(numbered)).profiles([""] * config.clients, config.seed)
+
     rows = [("client", *RANGES)]
-    for number, profile in enumerate(profiles):
-        rows.append((str(number), *(f"{value:g}" for value in profile.document().values())))
+    for name, profile in [*enumerate(profiles), *by_name.items()]:
+        rows.append((str(name), *(f"{value:g}" for value in profile.document().values())))
     return aligned(rows)
 
 

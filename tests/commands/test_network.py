@@ -21,6 +21,15 @@ def test_a_named_network_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].split()[:3] == ["0", "10", "30"]
 
 
+def test_clients_by_name_have_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "net.toml"
+    file.write_text('[default]\nprofile = "home"\n[[clients]]\nclients = [1, "ann"]\nuplink_mbps = 2\n')
+    assert main(["show", str(file), "--clients", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["0", "10"], ["1", "2"], ["ann", "2"]]
+    assert main(["show", str(file), "--clients", "1"]) == 2
+
+
 def test_pickles_are_read_on_request_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace, out = tmp_path / "client_device_capacity", tmp_path / "net.toml"
     trace.write_bytes(pickle.dumps(DEVICES))

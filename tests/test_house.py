@@ -89,6 +89,7 @@ HOMES = {
         "federation.messages",
         "federation.rehearsal",
         "federation.records",
+        "wire.blobs",
         "wire.casting",
         "wire.delta",
         "wire.encoded",

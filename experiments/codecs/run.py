@@ -41,6 +41,11 @@ BY_ROLE = {
         "gradient_up": "topk:0.1,int4,zstd",
         "gradient_down": "topk:0.1,int4,zstd",
     },
+    "delta:0.05,int4,zstd | delta:0.3,int4,zstd": {
+        "codec": "delta:0.05,int4,zstd",
+        "gradient_up": "delta:0.3,int4,zstd",
+        "gradient_down": "delta:0.3,int4,zstd",
+    },
     "delta:0.1,int4,zstd | int4,zstd": {
         "codec": "delta:0.1,int4,zstd",
         "gradient_up": "int4,zstd",

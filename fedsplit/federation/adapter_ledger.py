@@ -117,6 +117,11 @@ class AdapterLedger:
                 missing[name] = tensor
         return missing
 
+    def crossing(self, assignment: Assignment) -> dict[str, Tensor]:
+        """Returns the tensors of an assignment that may cross, and that the client does not draw."""
+        tensors = self.rule.crosses(assignment.adapters.tensors)
+        return {name: tensor for name, tensor in tensors.items() if not is_drawn(name, assignment.drawn)}
+
     def given(self, assignment: Assignment) -> Adapters:
         """Returns the crossing tensors of the adapters that a client starts from."""
         return assignment.adapters.with_tensors(self.rule.crosses(assignment.adapters.tensors))

@@ -11,7 +11,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from fedsplit.client.measures import load_measures
 from fedsplit.corpora.shards import Shard, read_shard
 from fedsplit.durable import NotWritten
 from fedsplit.federation import messages
+from fedsplit.federation.adapter_codec import AdapterCodec
 from fedsplit.federation.introductions import Introduction, introduce
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
 from fedsplit.federation.travel import TravelRule, draw
@@ -116,6 +117,13 @@ class _Site:
             routers,
             self.objective,
         )
+
+    def adapter_codec(self) -> AdapterCodec | None:
+        """Returns a new codec of adapters; None if adapters cross as they are."""
+        config = self.config
+        if config.adapter.codec == "raw":
+            return None
+        return AdapterCodec(config.adapter.codec, config.seed, self.rule.crossing)
 
     def personalised(self, given: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Returns the adapter for measurements of a client's held-out text.
@@ -289,6 +297,11 @@ def _train(visit: _Visit, request: Train) -> Reply:
     rule = site.rule
 
     kept = store.load(request.accepted)
+    adapter_codec = site.adapter_codec()
+    if adapter_codec is not None:
+        adapter_codec.restore(client.number, kept.codec)
+        decoded = adapter_codec.decode_values(request.tensors, client.number, request.round)
+        request = replace(request, tensors=decoded)
     start = site.start.with_rank(request.rank)
     given = assembled(start, request, kept)
     moments = kept.moments if request.drawn is None else {}  # a new draw has no history
@@ -314,11 +327,16 @@ def _train(visit: _Visit, request: Train) -> Reply:
 
     untrained = rule.untrained(given, task)
     control = moved(kept.control, update.control) if task.control is not None else {}
+    returned = rule.returned(update.adapters.tensors, task)
+    encoded = None
+    if adapter_codec is not None:
+        trained = {name: update.adapters.tensors[name] for name in sorted(returned)}
+        encoded = adapter_codec.encode_changes(trained, given, client.number, request.round)
+        codec |= adapter_codec.state(client.number)
     state = to_keep(start, given, update, untrained, rule.personal, control, codec)
     # Before the answer: the server must not accept a round from which the client cannot go on.
     store.save(request.round, state, request.accepted, request.kept)
-    returned = rule.returned(update.adapters.tensors, task)
-    return messages.trained(update, returned, own, peak_memory(), seconds, sample_seconds)
+    return messages.trained(update, returned, own, peak_memory(), seconds, sample_seconds, encoded)
 
 
 def assembled(start: Adapters, request: Train, kept: ClientState) -> dict[str, Tensor]:

@@ -223,6 +223,7 @@ def trained(
     peak_memory: int,
     seconds: float = 0.0,
     sample_seconds: float = 0.0,
+    encoded: Mapping[str, Tensor] | None = None,
 ) -> Reply:
     """Makes the reply to `Train`.
 
@@ -233,6 +234,7 @@ def trained(
         peak_memory: Largest resident memory of the client's process, in bytes.
         seconds: Duration of the local steps.
         sample_seconds: Duration of the measurement of the sample.
+        encoded: The returned adapters as blobs (`fedsplit.federation.adapter_codec`); None without a codec.
     """
     metrics: dict[str, Any] = {
         "client": update.client,
@@ -248,7 +250,8 @@ def trained(
     if update.router_loss is not None:
         metrics["router-loss"] = update.router_loss
 
-    groups = {ADAPTERS: _only(update.adapters.tensors, returned)}
+    sent = update.adapters.tensors if encoded is None else encoded
+    groups = {ADAPTERS: _only(sent, returned)}
     control = _only(update.control, returned)
     if control:  # an empty group would be refused as one that nobody asked for
         groups[CONTROL] = control

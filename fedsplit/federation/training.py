@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from fedsplit.events.event_types import Notice, Progress, RoundTrained
 from fedsplit.federation import quarantine
+from fedsplit.federation.adapter_codec import AdapterCodec
 from fedsplit.federation.attempts import TRIES, Attempt, RoundLost
 from fedsplit.federation.client_order import groups_of, takes_turns
 from fedsplit.federation.clients import FederationFailed
-from fedsplit.federation.messages import Reply, Train
+from fedsplit.federation.messages import ADAPTERS, Reply, Train
 from fedsplit.federation.parties import NobodyAnswered, Parties, Standing
 from fedsplit.federation.replies import Control, memory_of, sample_of, to_update, without_tensors
 from fedsplit.federation.run_state import RunState
@@ -21,7 +24,8 @@ from fedsplit.optimization.rates import last_rate
 from fedsplit.scores import Score
 from fedsplit.trunk.copies import Copy
 from fedsplit.trunk.status import RoundCounts
-from fedsplit.updates import Assignment, ClientUpdate, RefusedUpdate
+from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
+from fedsplit.wire.encoded import MalformedPacket
 
 
 @dataclass
@@ -90,9 +94,9 @@ def train(
         reason = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
         parties.emit(Notice(text=f"{parties.label(round)}  {reason} ({parties.config.train.lr:g})"))
     if schedule.personal:
-        training.updates = ledger.with_copies(training.updates, training.copies, assigned)
+        training.updates = ledger.with_copies(training.updates, training.copies, training.assigned)
     for update in training.updates:
-        ledger.accept(update.client, round, assigned[update.client])
+        ledger.accept(update.client, round, training.assigned[update.client])
 
     training.seconds = time.perf_counter() - started
     totals = state.totals
@@ -119,7 +123,12 @@ class _Collection:
         self._parties = parties
         self._state = state
         self._round = round
-        self._assigned = assigned
+        self._assigned = dict(assigned)
+        config = parties.config
+        self._codec: AdapterCodec | None = None
+        if config.adapter.codec != "raw":
+            self._codec = AdapterCodec(config.adapter.codec, config.seed, state.ledger.rule.crossing)
+        self._sent: dict[int, dict[str, Tensor]] = {}  # encoded adapters by client
         self._attempt = attempt
         self._started = started
         virtual = parties.virtual
@@ -257,6 +266,7 @@ class _Collection:
     def _request(self, client: int) -> Train:
         """Returns the request to train, with the adapters that the client does not hold."""
         ledger = self._state.ledger
+        tensors = self._tensors_for(client)
         assignment = self._assigned[client]
         task = assignment.task
         if task.control is not None:
@@ -270,7 +280,7 @@ class _Collection:
             folded=ledger.last_fold,
             folds=ledger.folds_at_clients,
             discarded=ledger.discarded,
-            tensors=ledger.lacking(client, assignment),
+            tensors=tensors,
             task=task,
             drawn=assignment.drawn,
             # Without factors, no tensor tells the rank.
@@ -280,6 +290,36 @@ class _Collection:
         self._state.totals.count("adapter_down", client, request.nbytes)
         self._traffic.down[client] = request.nbytes
         return request
+
+    def _tensors_for(self, client: int) -> Mapping[str, Tensor]:
+        """Returns the adapters that a client does not hold; with a codec, all that cross, encoded.
+
+        The assignment then has the decoded values, which the client starts from.
+        """
+        assignment = self._assigned[client]
+        if self._codec is None:
+            return self._state.ledger.lacking(client, assignment)
+        if client not in self._sent:  # a client that is asked again gets the same bytes
+            # All of them: a tensor that the client holds exactly would be another one than the decoded tensor, and
+            # which tensors a client holds is forgotten in a resumed run.
+            crossing = self._state.ledger.crossing(assignment)
+            self._sent[client] = self._codec.encode_values(crossing, client, self._round)
+            decoded = self._codec.decode_values(self._sent[client], client, self._round)
+            adapters = assignment.adapters
+            known = adapters.with_tensors({**adapters.tensors, **decoded})
+            self._assigned[client] = replace(assignment, adapters=known)
+        return self._sent[client]
+
+    def _decoded(self, reply: Reply, given: Adapters) -> Reply:
+        """Returns a reply with decoded adapters. What cannot be decoded makes the reply malformed."""
+        sent = reply.tensors.get(ADAPTERS)
+        if self._codec is None or sent is None:
+            return reply
+        try:
+            tensors = self._codec.decode_changes(sent, given.tensors, reply.client, self._round)
+        except MalformedPacket as error:
+            return replace(reply, malformed=str(error))
+        return replace(reply, tensors={**reply.tensors, ADAPTERS: tensors})
 
     def _heard(self, reply: Reply, standing: Standing) -> None:
         """Takes a reply."""
@@ -325,6 +365,7 @@ class _Collection:
         returned = ledger.rule.returned(given.tensors, assignment.task)
         sender = parties.sender(client)
         try:
+            reply = self._decoded(reply, given)
             update = to_update(reply, given, returned, sender, parties.workloads[client], self._control_of(client))
         except RefusedUpdate as refused:
             parties.report_failure("training", self._round, self._attempt.number, client, str(refused), refused=True)

@@ -24,6 +24,7 @@ from fedsplit.settings.choices import (
 from fedsplit.settings.fields import Setting, setting, settings_of
 from fedsplit.settings.parsing import parse_cut, parse_quantization
 from fedsplit.settings.sections import (
+    AdapterSettings,
     CheckpointSettings,
     ClientSettings,
     DataSettings,
@@ -257,6 +258,7 @@ class Config:
     eval: EvalSettings = field(default_factory=EvalSettings)
     trunk: TrunkSettings = field(default_factory=TrunkSettings)
     wire: WireSettings = field(default_factory=WireSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
     ray: RaySettings = field(default_factory=RaySettings)
@@ -367,6 +369,7 @@ SECTIONS: dict[str, type[Section]] = {
     "eval": EvalSettings,
     "trunk": TrunkSettings,
     "wire": WireSettings,
+    "adapter": AdapterSettings,
     "network": NetworkSettings,
     "client": ClientSettings,
     "ray": RaySettings,

@@ -24,6 +24,7 @@ from fedsplit.settings.choices import (
 from fedsplit.settings.fields import setting
 from fedsplit.settings.parsing import parse_memory, parse_stages, parse_weights
 from fedsplit.settings.validators import (
+    ADAPTER_CODEC,
     ANYTHING,
     CACHE,
     CODEC,
@@ -426,6 +427,18 @@ class NetworkSettings:
 
 
 @dataclass(frozen=True)
+class AdapterSettings:
+    """Encoding of adapters between server and clients."""
+
+    codec: str = setting(
+        "raw",
+        ADAPTER_CODEC,
+        "encoding of what a client's adapters have changed by, on the way up; on the way down, the same chain without "
+        "topk and lowrank encodes their values",
+    )
+
+
+@dataclass(frozen=True)
 class RaySettings:
     """The Ray cluster of the engine ray."""
 
@@ -454,7 +467,8 @@ class ClientSettings:
 
 
 Section = (
-    ClientSettings
+    AdapterSettings
+    | ClientSettings
     | LoraSettings
     | PromptSettings
     | RaySettings

@@ -187,4 +187,9 @@ PARTITION = Validator(PARTITION_FORMS, lambda v: find_partition(v) is not None)
 
 CODEC = Validator(chain_forms(), lambda v: parse_chain(v) is not None)
 
+ADAPTER_CODEC = Validator(
+    "a chain as for wire.codec, without delta",
+    lambda v: parse_chain(v) is not None and not v.startswith("delta"),
+)
+
 ROLE_CODEC = Validator("a chain as for wire.codec", lambda v: v == "" or parse_chain(v) is not None)

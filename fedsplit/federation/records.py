@@ -69,19 +69,20 @@ def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
     tensors = {}
     with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite
         for name, array in record.items():
-            tensors[name] = torch.from_numpy(np.array(_floats(name, array), np.float32))
+            tensors[name] = torch.from_numpy(np.array(_numbers(name, array), np.float32))
     return tensors
 
 
 def _as_sent(record: ArrayRecord) -> dict[str, Tensor]:
-    """Returns a client's arrays as tensors of their types, which are checked where they are used.
+    """Returns arrays as tensors of their types, which are checked where they are used.
 
     Raises:
-        RefusedUpdate: As from `from_arrays`; or torch has no such type.
+        RefusedUpdate: An array cannot be read, and holds neither floating-point numbers nor the bytes of an encoded
+            tensor; or torch has no such type.
     """
     tensors = {}
     for name, array in record.items():
-        values = _floats(name, array)
+        values = _numbers(name, array, kinds="fu" if array.dtype == "uint8" else "f")
         try:
             tensors[name] = torch.from_numpy(np.array(values, order="C"))
         except (TypeError, ValueError) as error:
@@ -89,17 +90,22 @@ def _as_sent(record: ArrayRecord) -> dict[str, Tensor]:
     return tensors
 
 
-def _floats(name: str, array: Array) -> np.ndarray:
+def _numbers(name: str, array: Array, kinds: str = "f") -> np.ndarray:
     """Returns the values of an array.
 
+    Args:
+        name: Name of the array, for messages.
+        array: The array.
+        kinds: numpy's letters for the allowed kinds of types: "f" for floating-point numbers.
+
     Raises:
-        RefusedUpdate: They cannot be read, or are no floating-point numbers.
+        RefusedUpdate: The values cannot be read, or are of another kind.
     """
     try:
         values = array.numpy()
     except Exception as error:  # numpy raises many kinds for bytes that are no array
         raise RefusedUpdate(f"{name} is no array ({type(error).__name__})") from error
-    if values.dtype.kind != "f":  # floating-point numbers; numpy's other kinds are integers, objects, texts, …
+    if values.dtype.kind not in kinds:  # numpy's other kinds are integers, objects, texts, …
         raise RefusedUpdate(f"{name} is of type {values.dtype}, not of numbers with a fraction")
     return values
 
@@ -153,7 +159,8 @@ def to_request(message: Message, client: int) -> Request:
     fields |= {"briefing": briefing, "client": client, "round": config[ROUND]}
     kind = message.metadata.message_type
     if kind == MessageType.TRAIN:
-        return Train(**fields, tensors=_tensors(message, ADAPTERS), **_task_fields(message))
+        tensors = _as_sent(message.content.array_records[ADAPTERS])  # numbers, or bytes of `--adapter.codec`
+        return Train(**fields, tensors=tensors, **_task_fields(message))
     if kind == MessageType.EVALUATE:
         return Evaluate(**fields, tensors=_tensors(message, ADAPTERS), changes=_changes(message))
     return Introduce(**fields, wants_start=config["wants_start"])

@@ -80,6 +80,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.axvline(exact / 16, color="#888888", linestyle=":", linewidth=1)
     axes.axhline(0.5, color="#888888", linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
+    axes.set_yscale("symlog", linthresh=1)
     axes.set_xlabel("bytes a token, up and down (dotted: a sixteenth of raw)")
     axes.set_ylabel("held-out perplexity beside raw, % (dotted: 0.5 %)")
     figure.tight_layout()

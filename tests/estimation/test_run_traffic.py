@@ -69,6 +69,8 @@ def test_bytes_are_those_of_a_run(settings: dict[str, Any], tmp_path: Path) -> N
 
 MORE: list[dict[str, Any]] = [
     {"wire.codec": "bf16", "clients": 5, "fraction": 0.5, "rounds": 3, "strategy": "rolora"},
+    {"wire.codec": "int8", "wire.gradient_up": "topk:0.25,int8"},
+    {"wire.codec": "delta:0.1,int8"},  # no example comes twice in so short a run
     {"dtype": "fp16"},
     {"dtype": "bf16", "lora.method": "ln_tuning"},  # float32 adapters lie in the path of the hidden states
     {"trunk.schedule": "copies", "strategy": "flora", "lora.rank": "4,8,2"},
@@ -79,8 +81,8 @@ MORE: list[dict[str, Any]] = [
     {"trunk.schedule": "frozen", "train.clip": 1.0},
     {"trunk.stages": "1:3:5", "train.clip": 1.0, "train.micro_batches": 2},
     {"prompt.kind": "prefix", "strategy": "fedadam"},
-    {"lm_head": "full", "strategy": "ffa_lora"},
-    {"lm_head": "lora", "strategy": "fedsa_lora"},
+    {"lm_head": "full", "strategy": "ffa"},
+    {"lm_head": "lora", "strategy": "fedsa"},
     {"strategy": "scaffold"},
     {"objective": "distillation", "metric": "token_accuracy"},
     {"eval.every": 2, "eval.fraction": 0.5, "rounds": 3},

@@ -47,7 +47,9 @@ def _parties(model: str, records: Records) -> str:
     rows = []
     for training in _trainings(model, records):
         for party, words in (("whole", "no cut"), ("client", "client"), ("trunk", "trunk")):
-            one = records[model, *training, party]
+            one = records.get((model, *training, party))
+            if one is None:  # not measured yet
+                continue
             share = one["trainable"] / one["parameters"]
             numbers = [_megabytes(one[key]) for key in ("file", "gradients", "moments", "peak")]
             rows.append([_named(training), words, f"{one['trainable']:,}", f"{share:.2%}", *numbers])
@@ -59,8 +61,10 @@ def _crossing(model: str, records: Records) -> str:
     """What crosses at a step and in a round, for one client, in both directions."""
     rows = []
     for training in _trainings(model, records):
-        whole = records[model, *training, "whole"]
-        client = records[model, *training, "client"]
+        whole = records.get((model, *training, "whole"))
+        client = records.get((model, *training, "client"))
+        if whole is None or client is None:
+            continue
         rows.append([_named(training), "no cut", "0", "0", _megabytes(2 * whole["message"])])
         run = records.get((model, *training, "run"))
         if run is None:  # hidden states have the same size whatever is trained

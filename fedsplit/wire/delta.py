@@ -23,7 +23,7 @@ class Delta(Codec):
     bound). A token that has moved by less than the threshold, relative to its norm, does not cross (SplitCom,
     2602.10564). An example that crosses for the first time, or has moved by more than its own norm, crosses whole.
 
-    Attributes of the memory: rows that were used least recently leave the cache (`fedsplit.wire.row_cache`).
+    Rows that were used least recently leave the cache (`fedsplit.wire.row_cache`).
 
     Example:
         >>> from fedsplit.wire.packets import StepKey
@@ -68,7 +68,7 @@ class Delta(Codec):
         is_used = is_known & is_near
         predicted[~is_used] = 0
         difference[~is_used] = values[~is_used]
-        is_still = (distances <= self._threshold * norms) & distances.isfinite()
+        is_still = distances <= self._threshold * norms  # never of an example that is not finite, which is not near
         is_moved = ~(is_still & is_used[:, None])
         sent = self._rest.encode(difference[is_moved].to(form.dtype), role)
         predicted[is_moved] += self._rest.decode(sent, role).float()

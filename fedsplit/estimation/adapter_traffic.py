@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fedsplit.estimation.party_shapes import Parties
 from fedsplit.estimation.step_traffic import Traffic
 from fedsplit.factors import Adapters, factor_of
 from fedsplit.federation import messages
+from fedsplit.federation.adapter_codec import AdapterCodec
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.aggregation import Aggregation, make_aggregation, strategy_defaults
 from fedsplit.federation.clients import ClientNode
@@ -87,7 +88,7 @@ class _Server:
     def __init__(self, parties: Parties, folder: Path) -> None:
         self._parties = parties
         self._config = parties.config
-        self._sizes: dict[str, int] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of tensors that have a stand-in
         self._noise: dict[torch.Size, Tensor] = {}
         strategy = load_strategy(self._config.strategy, self._config.strategy_options, strategy_defaults(self._config))
         self._aggregation: Aggregation = make_aggregation(strategy, self._config)
@@ -96,6 +97,9 @@ class _Server:
         self._unchanged = frozenset() if parties.schedule.returns_gradient else frozenset(parts["bottom"].tensors)
         self._ledger = AdapterLedger(self._config, self._aggregation.traits, parts, folder, folder)
         self._adapters = self._ledger.start
+        self._codec: AdapterCodec | None = None
+        if self._config.adapter.codec != "raw":
+            self._codec = AdapterCodec(self._config.adapter.codec, self._config.seed, self._ledger.rule.crossing)
         names = [f"client {client}" for client in range(self._config.clients)]
         self._roster = InventedRoster([ClientNode(number + 1, name) for number, name in enumerate(names)])
 
@@ -104,8 +108,8 @@ class _Server:
         tensors = {}
         for name, tensor in shapes.tensors.items():
             factor = factor_of(name)
-            if factor is None:  # the true size is remembered, and the tensor replaced by one value
-                self._sizes[name] = serialised_bytes({name: torch.empty(1).expand(tensor.shape)})
+            if factor is None:  # the shape is remembered, and the tensor replaced by one value
+                self._shapes[name] = tensor.shape
                 tensors[name] = torch.ones((1,) * tensor.ndim)
             else:
                 tensors[name] = torch.zeros(tensor.shape) if factor == "B" else torch.randn(tensor.shape) / 100
@@ -113,8 +117,39 @@ class _Server:
 
     def _bytes(self, tensors: Mapping[str, Tensor]) -> int:
         """Returns the serialised bytes of tensors, some of which are stand-ins."""
-        factors = {name: tensor for name, tensor in tensors.items() if name not in self._sizes}
-        return serialised_bytes(factors) + sum(self._sizes[name] for name in tensors if name in self._sizes)
+        # `expand` takes no memory.
+        whole = {name: tensor.expand(self._shapes.get(name, tensor.shape)) for name, tensor in tensors.items()}
+        return serialised_bytes(whole)
+
+    def _bytes_down(self, client: int, assignment: Assignment, round: int) -> int:
+        """Returns the bytes of the adapters that a client is sent."""
+        if self._codec is None:
+            return self._bytes(self._ledger.lacking(client, assignment))
+        crossing = self._in_full(self._ledger.crossing(assignment))
+        return serialised_bytes(self._codec.encode_values(crossing, client, round))
+
+    def _bytes_up(self, update: ClientUpdate, names: Iterable[str], round: int) -> int:
+        """Returns the bytes of the adapters that a client sends.
+
+        Args:
+            update: Update of the client.
+            names: Names of the tensors that cross.
+            round: Number of the round.
+        """
+        trained = {name: update.adapters.tensors[name] for name in names}
+        if self._codec is None:
+            return self._bytes(trained)
+        assert update.given is not None
+        given = {name: update.given.tensors[name] for name in trained}
+        changes = self._codec.encode_changes(self._in_full(trained), self._in_full(given), update.client, round)
+        return serialised_bytes(changes)
+
+    def _in_full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns tensors with random values of the true shape in place of stand-ins."""
+        full = {}
+        for name, tensor in tensors.items():
+            full[name] = torch.randn(self._shapes[name]) if name in self._shapes else tensor
+        return full
 
     def play(self, round: int) -> RoundOfAdapters:
         """Plays a round."""
@@ -126,14 +161,13 @@ class _Server:
             assignment = assigned[client]
             task = assignment.task
             control = ledger.rule.crosses(task.control) if task.control is not None else {}
-            traffic["adapter_down"] += self._bytes(ledger.lacking(client, assignment)) + self._bytes(control)
+            traffic["adapter_down"] += self._bytes_down(client, assignment, round) + self._bytes(control)
             update = self._update(client, assignment)
             updates.append(update)
             crossing = ledger.rule.crosses(assignment.adapters.tensors)
             returned = ledger.rule.returned(crossing, task)
-            sent = {name: update.adapters.tensors[name] for name in returned}
             sent_control = {name: update.control[name] for name in returned if name in update.control}
-            traffic["adapter_up"] += self._bytes(sent) + self._bytes(sent_control)
+            traffic["adapter_up"] += self._bytes_up(update, returned, round) + self._bytes(sent_control)
             ledger.accept(client, round, assignment)
         self._aggregate(round, updates)
         return RoundOfAdapters(traffic + self.evaluate(round).traffic, tuple(sorted(assigned)))

@@ -84,6 +84,9 @@ MORE: list[dict[str, Any]] = [
     {"lm_head": "full", "strategy": "ffa"},
     {"lm_head": "lora", "strategy": "fedsa"},
     {"strategy": "scaffold"},
+    {"adapter.codec": "int4", "rounds": 3},
+    {"adapter.codec": "topk:0.1,int8", "strategy": "flora", "lora.rank": "4,8,2", "trunk.schedule": "copies"},
+    {"adapter.codec": "int8", "lm_head": "full"},
     {"objective": "distillation", "metric": "token_accuracy"},
     {"eval.every": 2, "eval.fraction": 0.5, "rounds": 3},
 ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+YEAR = 365.25 * 86_400
+"""Seconds of a year."""
+
 WIDTH = 80
 """Columns of a terminal by default, and the greatest length of a round's line."""
 
@@ -51,6 +54,48 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
+
+
+def plain_number(value: float) -> str:
+    """Writes a number with six digits, or with all of its digits if six would make a whole number of it.
+
+    Example:
+        >>> plain_number(10.0), plain_number(1 / 3), plain_number(0.999999999)
+        ('10', '0.333333', '0.999999999')
+    """
+    short = f"{value:g}"
+    is_wrongly_whole = float(short).is_integer() and float(short) != value
+    return repr(value) if is_wrongly_whole else short
+
+
+def virtual_duration(seconds: float, unlike: float | None = None) -> str:
+    """Writes a duration of the virtual clock: seconds, or days and years for a very long one.
+
+    Args:
+        seconds: The duration.
+        unlike: A limit that the duration is compared with. As many decimals are written as tell both apart.
+
+    Example:
+        >>> virtual_duration(7.56), virtual_duration(3e6), virtual_duration(6e14)
+        ('7.6 s', '34.7 days', '1.9e+07 years')
+        >>> virtual_duration(0.3004, unlike=0.3)
+        '0.3004 s'
+    """
+    unit, name = 1.0, "s"
+    if seconds >= 1e6:
+        unit, name = (86_400.0, "days") if seconds < 1e8 else (YEAR, "years")
+    amount = seconds / unit
+    if amount >= 1e6 and unit == YEAR:
+        return f"{amount:.2g} years"
+    decimals = _decimals(amount, None if unlike is None else unlike / unit)
+    return f"{amount:,.{decimals}f} {name}"
+
+
+def _decimals(value: float, unlike: float | None) -> int:
+    """Returns the least number of decimals, from 1, that tells a value from another one."""
+    if unlike is None or value == unlike:
+        return 1
+    return next((some for some in range(1, 16) if round(value, some) != round(unlike, some)), 16)
 
 
 def fitted(fields: Sequence[str], width: int = WIDTH) -> str:

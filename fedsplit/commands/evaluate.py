@@ -23,6 +23,7 @@ from fedsplit.results.measuring import (
     other_data,
 )
 from fedsplit.scores import means, pooled
+from fedsplit.settings.chains import measures_exactly
 from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.command_line import Call, Parser
 from fedsplit.settings.config import SETTINGS, Config
@@ -183,6 +184,23 @@ def lines(results: Sequence[Result], classifies: bool = False, has_pairs: bool =
 def _mean(value: float | None) -> str:
     """Returns the mean of a metric as the table shows it; a dash for a mean of nothing."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def codec_hint(config: Config) -> list[str]:
+    """Returns a line that says why a run reported another loss, if a codec of the wire changed its hidden states.
+
+    Example:
+        >>> codec_hint(Config())
+        []
+        >>> codec_hint(build({"wire.codec": "int4"}))
+        ['the run measured through the codec int4, and this command without a codec: the loss in summary.json differs']
+    """
+    crossing = dict.fromkeys(text for (kind, _), text in config.wire.codecs.items() if kind == "activation")
+    lossy = [text for text in crossing if not measures_exactly(text)]
+    if not lossy:
+        return []
+    codecs = f"the codec {lossy[0]}" if len(lossy) == 1 else f"the codecs {' and '.join(lossy)}"
+    return [f"the run measured through {codecs}, and this command without a codec: the loss in summary.json differs"]
 
 
 def make_parser() -> Parser:
@@ -357,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         classifies = job.run.config.data.format == "classification"
         has_pairs = job.data.format == PAIRS
-        print(*lines(results, classifies, has_pairs), *job.left_out, sep="\n")
+        hints = [] if job.flags.dataset else codec_hint(job.run.config)
+        print(*lines(results, classifies, has_pairs), *job.left_out, *hints, sep="\n")
 
     return exit_code(work, argv)

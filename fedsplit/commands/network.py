@@ -12,20 +12,25 @@ from typing import Any
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
 from fedsplit.errors import InputError, shortened
-from fedsplit.formatting import aligned
+from fedsplit.formatting import aligned, plain_number
 from fedsplit.network import device_traces
 from fedsplit.network.fleet import read_fleet
 from fedsplit.network.profiles import RANGES
 from fedsplit.settings.command_line import Call, Parser
 from fedsplit.settings.documents import build
 from fedsplit.settings.flags import read_draft
+from fedsplit.settings.validators import COMPUTE_TABLE
 
 _PICKLES = (".pkl", ".pickle", "")
 """Endings of files that FedScale ships as pickles; its own have none."""
 
 
+MOST_CLIENTS = 100_000
+"""Largest number of clients in a table or in a file that the command writes: a row for each client."""
+
+
 def _show(call: Call) -> list[str]:
-    """Returns the table of a network's profiles by client."""
+    """Returns the table of a network's profiles by client, with the trunk's own link in the last row."""
     flags = call.checked()
     config = build({"network.profile": flags.network, "clients": flags.clients, "seed": flags.seed})
     fleet = read_fleet(config.network.profile)
@@ -39,7 +44,9 @@ def _show(call: Call) -> list[str]:
 
     rows = [("client", *RANGES)]
     for name, profile in [*enumerate(profiles), *by_name.items()]:
-        rows.append((str(name), *(f"{value:g}" for value in profile.document().values())))
+        rows.append((str(name), *map(plain_number, profile.document().values())))
+    links = (plain_number(fleet.trunk.uplink_mbps), plain_number(fleet.trunk.downlink_mbps))
+    rows.append(("trunk", *links, *[""] * (len(RANGES) - len(links))))
     return aligned(rows)
 
 
@@ -119,7 +126,7 @@ def _measure(call: Call) -> list[str]:
     out.write_text(tomli_w.dumps(document), encoding="utf-8")
     tokens = config.train.batch_size * config.train.max_length
     lines = [f"{task}: {1000 * seconds * tokens:.2f} ms for {tokens} tokens" for task, seconds in
-             document["seconds_a_token"].items()]  # fmt: skip
+             document[COMPUTE_TABLE].items()]  # fmt: skip
     return [*lines, f"  fedsplit simulate --network home --network.compute {out} …"]
 
 
@@ -157,7 +164,7 @@ def make_parser() -> Parser:
 
 
 def _add_clients(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clients", type=_positive, default=8, metavar="N", help="number of clients (default: 8)")
+    parser.add_argument("--clients", type=_clients, default=8, metavar="N", help="number of clients (default: 8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all draws (default: 0)")
 
 
@@ -172,10 +179,15 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="TOML file to write")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if not 1 <= number < 2**31:
-        raise ValueError
+def _clients(text: str) -> int:
+    """Reads a number of clients. argparse shows the message of an `ArgumentTypeError` as it is."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= MOST_CLIENTS:
+        words = f"a whole number from 1 to {MOST_CLIENTS}"
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is not possible; allowed: {words}")
     return number
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
@@ -43,7 +42,7 @@ from fedsplit.trunk.local import load_trunks
 from fedsplit.trunk.port import TrunkPort
 from fedsplit.trunk.workers import outcome
 from fedsplit.watchdog import Watchdog
-from fedsplit.wire.packets import Packet
+from fedsplit.wire.packets import Packet, new_incarnation, new_trunk_name
 from fedsplit.wire.transport import PendingAnswer
 
 _END_SECONDS = 5.0
@@ -220,22 +219,21 @@ class LocalSession:
         self.notes: list[str] = []
         self._workers = plan.workers
         self._objects = objects
-        self.name = str(uuid4())
+        self.name = new_trunk_name()
         self.trunk = self._load()
 
     def _load(self) -> TrunkPort:
         """Loads all stages of all replicas of the trunk."""
         config = self._config
         stage = stage_maker(config, self._objects.strategy)
-        # Each start has a new name, which is its incarnation, too.
-        replicas = load_trunks(config, self.name, self.name, stage=stage, callers=self._workers)
+        replicas = load_trunks(config, self.name, new_incarnation(), stage=stage, callers=self._workers)
         self._replicas = replicas
         return join(config, replicas)
 
     def renew(self) -> None:
         """Closes the trunk, and loads another one."""
         self.close()
-        self.name = str(uuid4())
+        self.name = new_trunk_name()
         self.trunk = self._load()
 
     def weigh(self) -> Config:

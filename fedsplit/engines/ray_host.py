@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from uuid import uuid4
 
 from fedsplit.engines.planning import Plan
 from fedsplit.settings.config import Config
 from fedsplit.trunk.actor import ActorSetup
 from fedsplit.trunk.ray_trunks import start_trunks
+from fedsplit.wire.packets import new_trunk_name
 
 
 class RayHost:
@@ -45,7 +45,7 @@ class RayHost:
         self._start()
 
     def _start(self) -> None:
-        self.name = f"trunk-{uuid4()}"
+        self.name = new_trunk_name()
         setup = ActorSetup(
             threads=self.plan.trunk_threads,
             workers=self.plan.trunk_lanes,

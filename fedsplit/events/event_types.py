@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
 
 Phase = Literal["loading", "training", "evaluating"]
+
+Cause = Literal["unavailable", "late", "surplus"]
+"""Reason why a client does not count in a round on the run's network."""
 """Steps of a run in which the server waits for its clients."""
 
 
@@ -238,7 +241,8 @@ class RoundReplayed(Event):
     stragglers: Sequence[str] = reported(
         "Clients that arrive later than 1.5 times the median arrival, the latest first"
     )
-    late: Sequence[str] = reported("Clients whose update arrived too late to count")
+    late: Sequence[str] = reported("Clients whose update missed the deadline of the round")
+    surplus: Sequence[str] = reported("Clients that `--network.over-select` asked and did not need")
     unavailable: Sequence[str] = reported("Clients that were asked to train and were not available")
 
 
@@ -265,7 +269,7 @@ class RoundEnded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class _OfClient:
-    """Fields of the events in which a client drops out of a phase."""
+    """Fields of the events in which a client drops out of a phase, or does not count."""
 
     round: int = reported("Number of the round; 0 before training")
     phase: Phase = reported("`loading`, `training` or `evaluating`")  # noqa: RUF009  # a field
@@ -282,6 +286,18 @@ class ClientFailed(_OfClient, Event):
     name: ClassVar[str] = "client-failed"
 
     refused: bool = reported("True for a reply that cannot be used, false for a client that failed", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUnused(_OfClient, Event):
+    """A client does not count in a round on the network of the run (`--network`); this is no failure of the client."""
+
+    name: ClassVar[str] = "client-unused"
+
+    cause: Cause = reported(  # noqa: RUF009  # a field
+        "`unavailable`: the client takes no part; `late`: its update misses the deadline in virtual time; `surplus`: "
+        "`--network.over-select` asked more clients than needed, and others were faster"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +373,7 @@ EVENTS: tuple[type[Event], ...] = (
     Notice,
     ClientLost,
     ClientFailed,
+    ClientUnused,
     RoundDiscarded,
     RoundTrained,
     RoundAggregated,

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedsplit.formatting import counted, measures_pairs, metric_mean, perplexity, size
+from fedsplit.formatting import counted, measures_pairs, metric_mean, perplexity, size, virtual_duration
 from fedsplit.network.times import PLACE_WORDS
 
 MOST_STRAGGLERS = 5
@@ -149,23 +149,32 @@ def _virtual(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     virtual = summary.get("virtual")
     if not virtual:
         return []
-    split = f"training {virtual['training']:,.1f} s, evaluation {virtual['evaluation']:,.1f} s"
-    rows = [("virtual time", f"{virtual['seconds']:,.1f} s on the network: {split}")]
+    training, evaluation = virtual_duration(virtual["training"]), virtual_duration(virtual["evaluation"])
+    split = f"training {training}, evaluation {evaluation}"
+    rows = [("virtual time", f"{virtual_duration(virtual['seconds'])} on the network: {split}")]
     places = virtual["places"]
     total = sum(places.values())
     if total:
         shares = [f"{words} {places[place] / total:.0%}" for place, words in PLACE_WORDS.items()]
         rows.append(("where it went", ", ".join(shares)))
-    left_out = {"too late": virtual["late"], "not available": virtual["unavailable"]}
-    words = [f"{count} {what}" for what, count in left_out.items() if count]
-    if words:
-        rows.append(("left out", f"{', '.join(words)}, of all requests to train"))
+    rows += _uncounted(virtual, summary.get("client_rounds", {}))
     if virtual["stragglers"]:
         often = sorted(virtual["stragglers"].items(), key=lambda one: (-one[1], one[0]))[:MOST_STRAGGLERS]
         rows.append(
             ("stragglers", ", ".join(f"{name} in {counted(count, 'round', 'rounds')}" for name, count in often))
         )
     return rows
+
+
+def _uncounted(virtual: Mapping[str, Any], requests: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Returns a row on the requests to train whose update did not count on the network, none of them for a failure."""
+    words = {"surplus": "not needed (over-selection)", "late": "after the deadline", "unavailable": "not available"}
+    counts = [f"{virtual[cause]:,} {what}" for cause, what in words.items() if virtual.get(cause)]
+    if not counts:
+        return []
+    asked = requests.get("asked", 0)
+    of_all = f", of {counted(asked, 'request', 'requests')} to train" if asked else ""
+    return [("not counted", f"{', '.join(counts)}{of_all}")]
 
 
 def _failures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

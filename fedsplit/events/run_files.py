@@ -12,6 +12,7 @@ from fedsplit.durable import NotWritten, Postponed, open_here, write_text, writi
 from fedsplit.events.event_types import (
     ClientFailed,
     ClientLost,
+    ClientUnused,
     Event,
     RoundAggregated,
     RoundCost,
@@ -43,6 +44,7 @@ class MetricsFile:
         RoundReplayed,
         ClientFailed,
         ClientLost,
+        ClientUnused,
         RoundDiscarded,
     )
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from fedsplit.events.event_types import (
     ClientFailed,
     ClientLost,
+    ClientUnused,
     Event,
     Notice,
     Progress,
@@ -28,7 +29,7 @@ from fedsplit.events.event_types import (
 from fedsplit.events.final_table import final_table, legend, next_commands
 from fedsplit.events.forecast import Forecast
 from fedsplit.events.sink import Sink
-from fedsplit.formatting import fitted, measures_pairs, metric_mean, perplexity
+from fedsplit.formatting import fitted, measures_pairs, metric_mean, perplexity, virtual_duration
 from fedsplit.settings.config import Config
 
 MOST_STRAGGLERS = 3
@@ -53,6 +54,8 @@ def line_of(event: Event) -> str | None:
         if event.phase == "loading":
             return f"{event.client_name} is left out of the whole run: {event.reason}"
         return f"{event.client_name} failed and is left out: {event.reason}"
+    if isinstance(event, ClientUnused):
+        return f"{event.client_name} does not count in round {event.round}: {event.reason}"
     if isinstance(event, ClientLost):
         return f"{event.client_name} begins again: {event.reason}"
     if isinstance(event, RoundDiscarded):
@@ -71,15 +74,15 @@ def stragglers_line(event: RoundReplayed) -> str:
     Example:
         >>> arrivals = {"ann": 2.0, "bob": 9.5}
         >>> seconds = dict.fromkeys(("seconds", "training_seconds", "evaluation_seconds", "virtual_elapsed"), 9.5)
-        >>> of_clients = {"clients": {}, "arrivals": arrivals, "late": [], "unavailable": []}
+        >>> of_clients = {"clients": {}, "arrivals": arrivals, "late": [], "surplus": [], "unavailable": []}
         >>> stragglers_line(RoundReplayed(round=1, stragglers=["bob"], **seconds, **of_clients))
         'stragglers in virtual time: bob after 9.5 s; the first client after 2.0 s'
     """
-    named = [f"{name} after {event.arrivals[name]:,.1f} s" for name in event.stragglers[:MOST_STRAGGLERS]]
+    named = [f"{name} after {virtual_duration(event.arrivals[name])}" for name in event.stragglers[:MOST_STRAGGLERS]]
     more = len(event.stragglers) - len(named)
     others = f" and {more} more" if more > 0 else ""
     first = min(event.arrivals.values())
-    return f"stragglers in virtual time: {', '.join(named)}{others}; the first client after {first:,.1f} s"
+    return f"stragglers in virtual time: {', '.join(named)}{others}; the first client after {virtual_duration(first)}"
 
 
 def round_line(event: RoundEnded) -> str:
@@ -103,7 +106,7 @@ def round_line(event: RoundEnded) -> str:
 
     fields += [f"{name} {metric_mean(value)}" for name, value in (event.metrics or {}).items()]
     if event.virtual_elapsed is not None:
-        fields.append(f"virtual {event.virtual_elapsed:,.1f} s")
+        fields.append(f"virtual {virtual_duration(event.virtual_elapsed)}")
     fields.append(f"{event.elapsed:.1f} s")
     if event.training_loss is not None:
         fields.append(f"{event.tokens_per_second:,.0f} tokens/s")

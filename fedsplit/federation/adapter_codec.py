@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedsplit.settings.chains import parse_chain
+from fedsplit.settings.chains import parse_chain, parts_of
 from fedsplit.wire.blobs import from_blob, to_blob
 from fedsplit.wire.codecs import MOST_VALUES, Role, make_codec
 from fedsplit.wire.encoded import MalformedPacket
@@ -124,5 +124,5 @@ def values_chain(text: str) -> str:
         >>> values_chain("topk:0.1,int8,zstd"), values_chain("lowrank:2")
         ('int8,zstd', 'raw')
     """
-    parts = zip(text.split(","), parse_chain(text) or (), strict=True)
+    parts = zip(parts_of(text), parse_chain(text) or (), strict=True)
     return ",".join(part for part, link in parts if link.entry.place != "before") or "raw"

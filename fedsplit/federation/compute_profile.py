@@ -12,6 +12,7 @@ import torch
 from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.network.compute import TASKS
 from fedsplit.settings.config import Config
+from fedsplit.settings.validators import COMPUTE_TABLE
 
 REPETITIONS = 7
 """Number of measured steps, after one that is not counted."""
@@ -56,4 +57,4 @@ def measured(config: Config, repetitions: int = REPETITIONS) -> dict[str, Any]:
     tokens = ids.numel()
     # The first step allocates memory.
     medians = {task: statistics.median(times[1:]) / tokens for task, times in seconds.items()}
-    return {"model": config.model, "cut": config.cut, "threads": torch.get_num_threads(), "seconds_a_token": medians}
+    return {"model": config.model, "cut": config.cut, "threads": torch.get_num_threads(), COMPUTE_TABLE: medians}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from fedsplit.events.emitter import Emit
-from fedsplit.events.event_types import ClientFailed, ClientLost, Phase
+from fedsplit.events.event_types import Cause, ClientFailed, ClientLost, ClientUnused, Phase
 from fedsplit.federation.aggregation import Aggregation
 from fedsplit.federation.attempts import Attempt, RoundLost
 from fedsplit.federation.checkpoint import RunFolder
@@ -203,6 +203,19 @@ class Parties:
             client_name=self.name(client),
             reason=reason,
             refused=refused,
+        )
+        self.emit(event)
+
+    def report_unused(self, round: int, attempt: int, client: int, cause: Cause, reason: str) -> None:
+        """Reports a client that does not count in the training of a round on the run's network."""
+        event = ClientUnused(
+            round=round,
+            attempt=attempt,
+            phase="training",
+            client=client,
+            client_name=self.name(client),
+            reason=reason,
+            cause=cause,
         )
         self.emit(event)
 

@@ -30,7 +30,8 @@ class RunTotals:
         train_seconds: Seconds from the first message of a round's training to its last reply, summed over the rounds.
         earlier_seconds: Seconds of earlier commands of a resumed run.
         asked: Number of requests to train, over all clients and rounds.
-        failed: Number of requests to train without a usable update.
+        failed: Number of requests to train that failed: without a usable update, though the client was available, met
+            the deadline in virtual time, and was needed.
         client_memory: Largest resident memory of a client's process, in bytes.
         traffic: Bytes that the server counted, by kind and direction: "adapter_up", "evaluation_adapter_down", ….
             The trunk counts its own.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fedsplit.events.event_types import Notice, Progress, RoundTrained
+from fedsplit.events.event_types import Cause, Notice, Progress, RoundTrained
 from fedsplit.federation import quarantine
 from fedsplit.federation.adapter_codec import AdapterCodec
 from fedsplit.federation.attempts import TRIES, Attempt, RoundLost
@@ -51,6 +51,11 @@ class Training:
     tokens: int = 0
     seconds: float = 0.0
     virtual: TrainingTime | None = None
+
+    @property
+    def uncounted(self) -> int:
+        """Number of clients that did not count on the run's network, none of them for a failure."""
+        return 0 if self.virtual is None else len(self.virtual.unused) + len(self.virtual.unavailable)
 
     @property
     def loss(self) -> float | None:
@@ -102,7 +107,7 @@ def train(
     totals = state.totals
     totals.tokens += training.tokens
     totals.asked += len(assigned)
-    totals.failed += len(assigned) - len(training.updates)
+    totals.failed += len(assigned) - len(training.updates) - training.uncounted
     totals.train_seconds += training.seconds
     totals.client_memory = max([totals.client_memory, *map(memory_of, training.replies)])
     return training
@@ -133,7 +138,7 @@ class _Collection:
         self._started = started
         virtual = parties.virtual
         self._unavailable = {} if virtual is None else virtual.unavailable(round, sorted(assigned))
-        self._late: Mapping[int, str] = {}
+        self._unused: Mapping[int, tuple[Cause, str]] = {}
         self._traffic = PhaseTraffic()
         left_out = attempt.excluded | parties.absent(assigned).keys() | self._unavailable.keys()
         playing = [client for client in assigned if client not in left_out]
@@ -150,7 +155,7 @@ class _Collection:
             reason = f"its process was lost {TRIES} times"
             parties.report_failure("training", self._round, self._attempt.number, client, reason)
         for client, reason in self._unavailable.items():
-            parties.report_failure("training", self._round, self._attempt.number, client, reason)
+            parties.report_unused(self._round, self._attempt.number, client, "unavailable", reason)
         if parties.virtual is not None:
             parties.trunk.take_trace()  # of an attempt that was discarded
 
@@ -184,15 +189,15 @@ class _Collection:
         return Training(self._assigned, updates, replies, copies=copies, tokens=self._tokens, virtual=virtual)
 
     def _replay(self) -> TrainingTime | None:
-        """Replays the training in virtual time, and leaves out the clients that arrive too late to count."""
+        """Replays the training in virtual time, and leaves out the updates that are late or surplus."""
         parties = self._parties
         if parties.virtual is None:
             return None
         phases = self._traffic.phases(parties.trunk.take_trace(), self._round)
         found = parties.virtual.training(phases, self._round, self._used.keys(), sorted(self._unavailable))
-        self._late = found.late
-        for client, reason in found.late.items():
-            parties.report_failure("training", self._round, self._attempt.number, client, reason)
+        self._unused = found.unused
+        for client, (cause, reason) in found.unused.items():
+            parties.report_unused(self._round, self._attempt.number, client, cause, reason)
             self._drop(client)
         return found
 
@@ -245,7 +250,7 @@ class _Collection:
             RoundLost: Too few clients have.
         """
         asked = len(self._assigned) - len(self._unavailable)
-        used = len(self._used) + len(self._late)  # a lost round would be lost again: virtual time stays the same
+        used = len(self._used) + len(self._unused)  # a lost round would be lost again: virtual time stays the same
         needed = math.ceil(self._parties.config.quorum * asked)
         if used < needed:
             raise RoundLost(f"{used} of {asked} clients have sent an update that can be used, {needed} are needed")

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedsplit.adaptation.run_adapters import outlined
-from fedsplit.events.event_types import RoundReplayed
+from fedsplit.events.event_types import Cause, RoundReplayed
+from fedsplit.formatting import counted, plain_number, virtual_duration
 from fedsplit.model.flops import Flops, flops_of
 from fedsplit.model.parts import Part
 from fedsplit.network.compute import Compute, StatedCompute, Task, read_recorded
@@ -59,7 +60,7 @@ class VirtualTime:
             availability = self.field.profiles[client].availability
             drawn = derive_seed(self._config.seed, "availability", client, round) / 2**63
             if drawn >= availability:
-                missing[client] = f"it was not available in this round (availability {availability:g})"
+                missing[client] = f"it is not available (availability {plain_number(availability)})"
         return missing
 
     def replay(self, phases: Mapping[int, ClientPhase], round: int, phase: str) -> PhaseTime:
@@ -78,40 +79,55 @@ class VirtualTime:
             unavailable: Clients that were asked and not available.
         """
         phase = self.replay(phases, round, "training")
-        late = self._left_out({client: phase.arrivals[client] for client in sorted(usable)})
-        return TrainingTime(phase, self._end_of_training(phase.arrivals, late), late, unavailable)
+        usable_arrivals = {client: phase.arrivals[client] for client in sorted(usable)}
+        late = self._late(usable_arrivals)
+        surplus = self._surplus({client: at for client, at in usable_arrivals.items() if client not in late})
+        end = self._end_of_training(phase.arrivals, late.keys() | surplus.keys())
+        return TrainingTime(phase, end, late, surplus, unavailable)
 
-    def _left_out(self, arrivals: Mapping[int, float]) -> dict[int, str]:
-        """Returns the clients that arrive too late to count, with the reason.
+    def _late(self, arrivals: Mapping[int, float]) -> dict[int, str]:
+        """Returns the clients that miss the deadline of the round, with the reason.
 
         Args:
             arrivals: Virtual seconds until a client's update is at the server, by client.
         """
-        config = self._config
+        deadline = self._config.round_deadline
         late = {}
-        if config.round_deadline:
-            for client, seconds in sorted(arrivals.items()):
-                if seconds > config.round_deadline:
-                    words = f"its update would arrive after {seconds:.1f} virtual seconds"
-                    late[client] = f"{words}, and the deadline is {config.round_deadline:g}"
-        if config.network.over_select > 1:
-            in_time = sorted(arrivals.keys() - late.keys(), key=lambda client: (arrivals[client], client))
-            for client in in_time[config.sampled :]:
-                words = f"{config.sampled} updates arrived before its own"
-                late[client] = f"{words}, which would arrive after {arrivals[client]:.1f} virtual seconds"
-        return dict(sorted(late.items()))
+        for client, seconds in sorted(arrivals.items()):
+            if deadline and seconds > deadline:
+                after = virtual_duration(seconds, unlike=deadline)
+                limit = virtual_duration(deadline, unlike=seconds)
+                late[client] = f"its update would arrive after {after} of virtual time, and the deadline is {limit}"
+        return late
 
-    def _end_of_training(self, arrivals: Mapping[int, float], late: Mapping[int, str]) -> float:
+    def _surplus(self, arrivals: Mapping[int, float]) -> dict[int, str]:
+        """Returns the clients that over-selection asked and did not need, with the reason.
+
+        Args:
+            arrivals: Virtual seconds until a client's update is at the server, by client that meets the deadline.
+        """
+        config = self._config
+        if config.network.over_select <= 1:
+            return {}
+        order = sorted(arrivals, key=lambda client: (arrivals[client], client))
+        enough = counted(config.sampled, "update is", "updates are") + " needed"
+        surplus = {}
+        for client in sorted(order[config.sampled :]):
+            after = virtual_duration(arrivals[client])
+            surplus[client] = f"{enough}, and arrived before its own, which would arrive after {after} of virtual time"
+        return surplus
+
+    def _end_of_training(self, arrivals: Mapping[int, float], unused: Collection[int]) -> float:
         """Returns the virtual seconds after which the server aggregates.
 
         Args:
             arrivals: Virtual seconds until a client's update is at the server, by client.
-            late: Clients that are left out.
+            unused: Clients whose update is late or surplus.
         """
-        last = max((seconds for client, seconds in arrivals.items() if client not in late), default=0.0)
+        last = max((seconds for client, seconds in arrivals.items() if client not in unused), default=0.0)
         misses_deadline = any(seconds > self._config.round_deadline for seconds in arrivals.values())
         # The server cannot know that nobody else will come, unless enough have.
-        has_enough = self._config.network.over_select > 1 and len(arrivals) - len(late) >= self._config.sampled
+        has_enough = self._config.network.over_select > 1 and len(arrivals) - len(unused) >= self._config.sampled
         if self._config.round_deadline and misses_deadline and not has_enough:
             return self._config.round_deadline
         return last
@@ -149,14 +165,23 @@ class TrainingTime:
     Attributes:
         phase: Arrivals of the clients, and where their time went.
         seconds: Virtual seconds until the server aggregates.
-        late: Clients that arrived too late to count, with the reason.
+        late: Clients whose update missed the deadline, with the reason.
+        surplus: Clients that over-selection asked and did not need, with the reason.
         unavailable: Clients that were asked and not available.
     """
 
     phase: PhaseTime
     seconds: float
     late: Mapping[int, str]
+    surplus: Mapping[int, str]
     unavailable: Sequence[int]
+
+    @property
+    def unused(self) -> dict[int, tuple[Cause, str]]:
+        """Clients whose update is late or surplus, with cause and reason."""
+        late: dict[int, tuple[Cause, str]] = {client: ("late", reason) for client, reason in self.late.items()}
+        surplus: dict[int, tuple[Cause, str]] = {client: ("surplus", reason) for client, reason in self.surplus.items()}
+        return dict(sorted((late | surplus).items()))
 
 
 @dataclass
@@ -167,7 +192,8 @@ class VirtualTotals:
         training: Virtual seconds of all trainings.
         evaluation: Virtual seconds of all evaluations.
         places: Sums over clients and rounds of the virtual seconds by place, as in `fedsplit.network.times.PLACES`.
-        late: Number of updates that arrived too late.
+        late: Number of updates that missed the deadline.
+        surplus: Number of updates that over-selection asked for and did not need.
         unavailable: Number of requests to clients that were not available.
         stragglers: Number of rounds in which a client was a straggler, by its name.
 
@@ -181,6 +207,7 @@ class VirtualTotals:
     evaluation: float = 0.0
     places: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PLACES, 0.0))
     late: int = 0
+    surplus: int = 0  # by default, for a checkpoint of a version that counted these among the late ones
     unavailable: int = 0
     stragglers: dict[str, int] = field(default_factory=dict)
 
@@ -209,6 +236,7 @@ class VirtualTotals:
             for place, seconds in spent.items():
                 self.places[place] += seconds
         self.late += len(event.late)
+        self.surplus += len(event.surplus)
         self.unavailable += len(event.unavailable)
         for name in event.stragglers:
             self.stragglers[name] = self.stragglers.get(name, 0) + 1
@@ -229,11 +257,9 @@ def round_event(
     spent: dict[int, ClientTime] = {}
     training_seconds = 0.0 if training is None else training.seconds
     evaluation_seconds = 0.0 if evaluation is None else evaluation.end
-    late: Mapping[int, str] = {}
     arrivals: dict[int, float] = {}
     if training is not None:
-        late = training.late
-        arrivals = {client: at for client, at in training.phase.arrivals.items() if client not in late}
+        arrivals = {client: at for client, at in training.phase.arrivals.items() if client not in training.unused}
         _add_phase(spent, {client: training.phase.spent[client] for client in arrivals}, arrivals, training_seconds)
     if evaluation is not None:
         _add_phase(spent, evaluation.spent, evaluation.arrivals, evaluation_seconds)
@@ -247,7 +273,8 @@ def round_event(
         clients={names[client]: dict(time.seconds) for client, time in sorted(spent.items())},
         arrivals={names[client]: seconds for client, seconds in sorted(everybody.items())},
         stragglers=[names[client] for client in stragglers_of(everybody)],
-        late=[names[client] for client in late],
+        late=[] if training is None else [names[client] for client in training.late],
+        surplus=[] if training is None else [names[client] for client in training.surplus],
         unavailable=[] if training is None else [names[client] for client in training.unavailable],
     )
 

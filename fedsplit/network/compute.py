@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from fedsplit.errors import SettingError, shortened
+from fedsplit.settings.validators import COMPUTE_TABLE
 
 Task = Literal["bottom-forward", "bottom-backward", "trunk-forward", "trunk-backward", "top-forward", "top-backward"]
 """A part's computation for one message."""
@@ -85,6 +85,10 @@ class RecordedCompute:
         return self.seconds_of_token[task] * rows * length
 
 
+MOST_SECONDS = 3600.0
+"""Largest compute time of one token, in seconds."""
+
+
 def read_recorded(tables: str) -> RecordedCompute:
     """Reads a recorded profile: the seconds of each task for one token, under `seconds_a_token`.
 
@@ -97,17 +101,21 @@ def read_recorded(tables: str) -> RecordedCompute:
     Example:
         >>> read_recorded("{}")
         Traceback (most recent call last):
-        fedsplit.errors.SettingError: network.compute: {} is not possible; allowed: a TOML file with a table \
-seconds_a_token of bottom-forward, bottom-backward, trunk-forward, trunk-backward, top-forward, top-backward
+        fedsplit.errors.SettingError: network.compute: a file with nothing is not possible; allowed: a TOML file \
+with a table seconds_a_token of bottom-forward, bottom-backward, trunk-forward, trunk-backward, top-forward, \
+top-backward
     """
     setting = "network.compute"
     document = json.loads(tables)
-    table = document.get("seconds_a_token")
+    table = document.get(COMPUTE_TABLE)
     if not isinstance(table, dict) or set(table) != set(TASKS):
-        words = f"a TOML file with a table seconds_a_token of {', '.join(TASKS)}"
-        raise SettingError(setting, shortened(tables), words)
+        given = ", ".join(table) if isinstance(table, dict) else ", ".join(document)
+        named = f"a table {COMPUTE_TABLE} with" if isinstance(table, dict) else "a file with"
+        words = f"a TOML file with a table {COMPUTE_TABLE} of {', '.join(TASKS)}"
+        raise SettingError(setting, f"{named} {shortened(given)}", words)
     for task, value in table.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:
-            raise SettingError(setting, shortened(value), f"a finite number of at least 0 for {task}")
+        if not is_number or not 0 <= value <= MOST_SECONDS:
+            words = f"a number of seconds from 0 to {MOST_SECONDS:g} for one token"
+            raise SettingError(f"{setting}, {task}", shortened(value), words)
     return RecordedCompute({task: float(value) for task, value in table.items()})

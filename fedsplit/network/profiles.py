@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ class Profile:
         downlink_mbps: Bandwidth from the trunk to the client, in megabits a second.
         rtt_ms: Round-trip time in milliseconds, without the time that the bytes of a message take.
         jitter_ms: Largest additional delay of one message, in milliseconds; each message draws from 0 to this.
-        loss: Share of the packets that are lost and sent again, from 0 to below 1.
+        loss: Share of the packets that are lost and sent again.
         compute: Speed of the device as a multiple of the stated one; 0.5 takes twice as long.
         availability: Probability that the client takes part in a round for which it is asked.
 
@@ -28,7 +27,7 @@ class Profile:
         1250000.0
         >>> Profile(uplink_mbps=-1, downlink_mbps=30, rtt_ms=20)
         Traceback (most recent call last):
-        fedsplit.errors.InputError: uplink_mbps: -1 is not possible; allowed: a finite number above 0
+        fedsplit.errors.InputError: uplink_mbps: -1 is not possible; allowed: a number from 0.001 to 1,000,000
     """
 
     uplink_mbps: float
@@ -45,11 +44,11 @@ class Profile:
         Raises:
             InputError: A field is not a number, or a number that is not possible.
         """
-        for name, words in RANGES.items():
+        for name in RANGES:
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not _is_in_range(name, value):
-                raise InputError(f"{name}: {shortened(value)} is not possible; allowed: {words}")
+                raise InputError(f"{name}: {shortened(value)} is not possible; allowed: {words_of_range(name)}")
 
     @property
     def uplink_bytes(self) -> float:
@@ -69,29 +68,36 @@ class Profile:
 BYTES_OF_A_MEGABIT = 1e6 / 8
 """Bytes in a megabit."""
 
-RANGES: Mapping[str, str] = {
-    "uplink_mbps": "a finite number above 0",
-    "downlink_mbps": "a finite number above 0",
-    "rtt_ms": "a finite number of at least 0",
-    "jitter_ms": "a finite number of at least 0",
-    "loss": "a number from 0 to below 1",
-    "compute": "a finite number above 0",
-    "availability": "a number above 0, up to 1",
+RANGES: Mapping[str, tuple[float, float]] = {
+    "uplink_mbps": (0.001, 1e6),
+    "downlink_mbps": (0.001, 1e6),
+    "rtt_ms": (0, 3_600_000),
+    "jitter_ms": (0, 3_600_000),
+    "loss": (0, 0.99),
+    "compute": (0.0001, 10_000),
+    "availability": (0, 1),
 }
-"""Possible values of each field of a profile, in words."""
+"""Least and largest value of each field of a profile. An availability of 0 is not possible either: such a client would
+be no client."""
 
 
 def _is_in_range(name: str, value: float) -> bool:
     """Returns True if a number is a possible value of a field. NaN is possible nowhere."""
-    if name == "loss":
-        return 0 <= value < 1
+    low, high = RANGES[name]
+    return low <= value <= high and not (name == "availability" and value == 0)
+
+
+def words_of_range(name: str) -> str:
+    """Returns the possible values of a field in words.
+
+    Example:
+        >>> words_of_range("rtt_ms"), words_of_range("availability")
+        ('a number from 0 to 3,600,000', 'a number above 0, up to 1')
+    """
+    low, high = RANGES[name]
     if name == "availability":
-        return 0 < value <= 1
-    try:
-        is_finite = math.isfinite(value)
-    except OverflowError:  # a whole number of more than 308 digits
-        return False
-    return is_finite and (value >= 0 if name in ("rtt_ms", "jitter_ms") else value > 0)
+        return f"a number above 0, up to {high:g}"
+    return f"a number from {low:g} to {high:,.10g}"
 
 
 PROFILES: Mapping[str, Profile] = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fedsplit.formatting import size
+from fedsplit.formatting import size, virtual_duration
 from fedsplit.network.times import PLACE_WORDS
 from fedsplit.reporting import figures
 from fedsplit.reporting.content import Picture, Section
-from fedsplit.reporting.run_record import RunRecord, numbers
+from fedsplit.reporting.run_record import RunRecord, numbers, text
 from fedsplit.reporting.series import KINDS, bytes_by_round, seconds_by_round, totals_by_client, virtual_places
 from fedsplit.reporting.text_table import Table
 
@@ -93,7 +93,7 @@ def virtual_time(run: RunRecord) -> Section:
         sums = {}
         for name, places in by_client.items():
             sums[name] = tuple(sum(places.get(place, 0.0) for place in group) for group in _PLACE_GROUPS.values())
-        svg = figures.bars(sums, lambda seconds: f"{seconds:.1f} s", parts=tuple(_PLACE_GROUPS))
+        svg = figures.bars(sums, virtual_duration, parts=tuple(_PLACE_GROUPS))
         section.pictures.append(Picture("Virtual seconds by client", svg, "Over all rounds."))
     rows: list[tuple[str, ...]] = [("client", *PLACE_WORDS.values(), "sum")]
     for name, places in list(by_client.items())[:MOST_ROWS]:
@@ -102,7 +102,29 @@ def virtual_time(run: RunRecord) -> Section:
     more = len(by_client) - MOST_ROWS
     table = Table("Where the virtual time went, in seconds", rows, f"… and {more} more" if more > 0 else "")
     section.tables.append(table)
+    section.folded.extend(_uncounted(run))
     return section
+
+
+_CAUSES = {
+    "surplus": "not needed (over-selection)",
+    "late": "after the deadline",
+    "unavailable": "not available",
+}
+"""Causes of the event `client-unused` in words."""
+
+
+def _uncounted(run: RunRecord) -> list[Table]:
+    """Returns the table of the clients that did not count in a round; none if all did."""
+    rows: list[tuple[str, ...]] = [("round", "client", "why", "in words")]
+    for event in run.of("client-unused"):
+        why = _CAUSES.get(text(event.get("cause")), "")
+        rows.append((str(event["round"]), text(event.get("client_name")), why, text(event.get("reason"), 300)))
+    if len(rows) == 1:
+        return []
+    more = len(rows) - 1 - MOST_ROWS
+    note = f"… and {more} more" if more > 0 else ""
+    return [Table("Clients that did not count in a round: no failures", rows[: MOST_ROWS + 1], note, is_words=True)]
 
 
 def _in_seconds(seconds: float) -> str:

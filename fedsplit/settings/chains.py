@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from fedsplit.settings.choices import CODECS, CodecEntry
+from fedsplit.errors import shortened
+from fedsplit.settings.choices import CODECS, EXACT_IN_EVALUATION, CodecEntry
 
 _ORDER = ("before", "last", "bytes")
 
@@ -50,23 +51,71 @@ class ChainLink:
         return CODECS[self.name]
 
 
+def parts_of(text: str) -> list[str]:
+    """Returns the codecs of a chain as they are written, without the spaces around them.
+
+    Example:
+        >>> parts_of("mxfp4 , zstd:9")
+        ['mxfp4', 'zstd:9']
+    """
+    return [part.strip() for part in text.split(",")]
+
+
+def chain_problem(text: str) -> str:
+    """Returns the words about what is possible in place of a text that is no chain.
+
+    A codec with a wrong parameter is named. Any other mistake brings the forms of all chains.
+
+    Example:
+        >>> chain_problem("topk:2,int8")
+        'in place of topk:2, topk:SHARE with a SHARE from 0.0001 to 1'
+        >>> chain_problem("int4:3")
+        'in place of int4:3, int4, which takes no parameter'
+    """
+    for part in parts_of(text):
+        name = part.partition(":")[0]
+        entry = CODECS.get(name)
+        if entry is not None and _parse_link(part, has_memory_before=False) is None:
+            return f"in place of {shortened(part)}, {_form_of(name, entry)}{_range_of(entry)}"
+    return chain_forms()
+
+
+def _range_of(entry: CodecEntry) -> str:
+    """Returns the words about the parameter of a codec, as they follow the form of the codec."""
+    if entry.parameter is None:
+        return ", which takes no parameter"
+    low, high = entry.parameter
+    kind = f"a whole {entry.word}" if entry.is_whole else f"a {entry.word}"
+    return f" with {kind} from {low:g} to {high:g}"
+
+
 def parse_chain(text: str) -> tuple[ChainLink, ...] | None:
     """Parses a chain of codecs.
 
     Returns:
-        The codecs in the order of encoding; None if the text is no chain.
+        The codecs in the order of encoding; None if the text is no chain. Spaces around a codec do not count.
 
     Example:
         >>> [link.name for link in parse_chain("raw")], parse_chain("raw,bf16"), parse_chain("raw:2"), parse_chain("")
         (['raw'], None, None, None)
     """
     links: list[ChainLink] = []
-    for item in text.split(","):
+    for item in parts_of(text):
         link = _parse_link(item, has_memory_before=any(earlier.remembers for earlier in links))
         if link is None:
             return None
         links.append(link)
     return tuple(links) if _is_in_order(links) else None
+
+
+def measures_exactly(text: str) -> bool:
+    """Returns True if held-out text crosses a chain of codecs without any loss.
+
+    Example:
+        >>> measures_exactly("raw,zstd"), measures_exactly("delta:0.1"), measures_exactly("topk:0.1")
+        (True, True, False)
+    """
+    return all(link.name in EXACT_IN_EVALUATION for link in parse_chain(text) or ())
 
 
 def _parse_link(text: str, has_memory_before: bool) -> ChainLink | None:

@@ -59,6 +59,9 @@ CODECS = {
 }
 """Codecs by name."""
 
+EXACT_IN_EVALUATION = ("delta", "raw", "zstd")
+"""Codecs through which held-out text crosses without any loss. In an evaluation, `delta` has no earlier rows."""
+
 NETWORKS = ("lan", "wifi", "4g", "home", "wan")
 """Named networks; `fedsplit.network.profiles` has them."""
 

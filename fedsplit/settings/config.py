@@ -287,7 +287,7 @@ class Config:
             given = self.value_of(each)
             value = each.in_python_type(given)
             if not each.accepts(value):
-                wrong.append(SettingError(each.name, f"{given} ({type(given).__name__})", each.words))
+                wrong.append(SettingError(each.name, f"{given} ({type(given).__name__})", each.allowed_for(given)))
             elif value is not given:
                 owner = getattr(self, each.section) if each.section else self
                 object.__setattr__(owner, each.field, value)  # a frozen dataclass has no other way

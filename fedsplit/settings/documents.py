@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import json
 import re
@@ -17,7 +18,7 @@ from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Confi
 from fedsplit.settings.drafts import Draft, without
 from fedsplit.settings.fields import Setting
 from fedsplit.settings.sections import LoraSettings, Section
-from fedsplit.settings.validators import FIELDS, NETWORK, TABLES
+from fedsplit.settings.validators import COMPUTE_TABLE, FIELDS, NETWORK, TABLES
 
 BY_ALIAS = {setting.alias.removeprefix("--"): name for name, setting in SETTINGS.items() if setting.alias}
 """Settings by their second flags, such as `train.lr` by `lr`."""
@@ -39,7 +40,7 @@ def _convert(setting: Setting, value: object) -> Any:
     except (TypeError, ValueError, OverflowError):
         is_allowed = False
     if not is_allowed:
-        raise SettingError(setting.name, shortened(value), setting.words)
+        raise SettingError(setting.name, shortened(value), setting.allowed_for(value))
     return converted
 
 
@@ -57,9 +58,9 @@ def _typed(setting: Setting, value: Any) -> Any:
     if setting.item_type is int:
         return _whole_numbers(value)
     if setting.allowed is FIELDS:
-        return _object(value)
+        return _object(setting.name, value)
     if setting.allowed in (NETWORK, TABLES):
-        return _tables(setting.name, value)
+        return _tables(setting, value)
     if setting.python_type is bool:
         return _switch(value)
     if setting.name == "data.packing" and isinstance(value, bool):  # a text: true, false or auto
@@ -113,13 +114,18 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
     return tuple(int(item) for item in items)
 
 
-def _object(value: object) -> str:
+def _object(setting: str, value: object) -> str:
     """Reads a JSON object from a text, from a file that the text names, or from a TOML table.
+
+    Args:
+        setting: Name of the setting, for messages.
+        value: The text or the table.
 
     Returns:
         The object as one line of JSON; "" if it is empty.
 
     Raises:
+        SettingError: The value has a date or a time.
         ValueError, TypeError: The value is none of these.
     """
     if isinstance(value, str):
@@ -132,22 +138,24 @@ def _object(value: object) -> str:
         value = json.loads(text or "{}")
     if not isinstance(value, Mapping):
         raise TypeError
+    _check_times(setting, value)
     # Sorted, so that the order of the fields is no difference between two runs.
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
-def _tables(setting: str, value: object) -> str:
+def _tables(setting: Setting, value: object) -> str:
     """Reads TOML tables from a file that a text names. The name of a network stays as it is.
 
     Args:
-        setting: Name of the setting, for messages.
+        setting: The setting.
         value: Name of a file or of a network, the tables as JSON, or the tables themselves.
 
     Returns:
         The tables as one line of JSON, or the name.
 
     Raises:
-        SettingError: The file cannot be read, or is no TOML.
+        SettingError: The file cannot be read, is no TOML, is no file of compute times where the setting takes one, or
+            has a date or a time, which no setting takes.
         ValueError, TypeError: The value is none of these.
     """
     if isinstance(value, str) and (value in ("", *NETWORKS) or value.startswith("{")):
@@ -159,12 +167,38 @@ def _tables(setting: str, value: object) -> str:
         try:
             value = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
-            raise SettingError(setting, shortened(file), f"a file that can be read ({error.strerror})") from None
+            raise SettingError(setting.name, shortened(file), f"a file that can be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:
-            raise SettingError(setting, shortened(file), f"a TOML file ({error})") from None
+            raise SettingError(setting.name, shortened(file), f"a TOML file ({error})") from None
+        # Checked here, where the name of the file is known.
+        if setting.allowed is TABLES and COMPUTE_TABLE not in value:
+            raise SettingError(setting.name, shortened(file), setting.words)
     if not isinstance(value, Mapping):
         raise TypeError
+    _check_times(setting.name, value)
     return json.dumps(value, sort_keys=True)  # numbers that are not finite are refused where they are used
+
+
+def _check_times(setting: str, value: object) -> None:
+    """Checks that a TOML value has no date and no time, and names the field of the first one.
+
+    Raises:
+        SettingError: The value has a date or a time.
+
+    Example:
+        >>> _check_times("network.profile", tomllib.loads("default.rtt_ms = 2020-01-01"))
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: network.profile.default.rtt_ms: 2020-01-01 is not possible; allowed: a value \
+that is no date and no time
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_times(f"{setting}.{name}", item)
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value, start=1):
+            _check_times(f"{setting}, item {place}", item)
+    elif isinstance(value, datetime.date | datetime.time):
+        raise SettingError(setting, value, "a value that is no date and no time")
 
 
 def build(

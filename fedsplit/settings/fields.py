@@ -73,6 +73,11 @@ class Setting:
         words = self.allowed.words
         return words.replace("a number", "a whole number") if self.python_type is int else words
 
+    def allowed_for(self, value: object) -> str:
+        """Returns the possible values in words, for a refused value; for some values more precisely than `words`."""
+        explain = self.allowed.explain
+        return explain(value) if explain is not None and isinstance(value, str) else self.words
+
     def in_python_type(self, value: object) -> Any:
         """Returns a value of another type in Python's type of the setting, such as a float for a number of NumPy.
 

@@ -36,6 +36,7 @@ from fedsplit.settings.validators import (
     MEMORY,
     MOST,
     MOST_AT_ONCE,
+    MOST_TFLOPS,
     NAMES,
     NETWORK,
     OWN_DEVICE,
@@ -413,9 +414,13 @@ class NetworkSettings:
         "--network",
     )
     client_tflops: float = setting(
-        1.0, above(0), "operations that a client with the compute factor 1 makes in a second, in units of 10^12"
+        1.0,
+        at_least(1e-6, MOST_TFLOPS),
+        "operations that a client with the compute factor 1 makes in a second, in units of 10^12",
     )
-    trunk_tflops: float = setting(20.0, above(0), "operations that the trunk makes in a second, in units of 10^12")
+    trunk_tflops: float = setting(
+        20.0, at_least(1e-6, MOST_TFLOPS), "operations that the trunk makes in a second, in units of 10^12"
+    )
     compute: str = setting(
         "", TABLES, "TOML file of measured compute times, from fedsplit network measure, in place of stated speeds"
     )

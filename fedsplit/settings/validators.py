@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit.settings.chains import chain_forms, parse_chain
+from fedsplit.settings.chains import chain_forms, chain_problem, parse_chain
 from fedsplit.settings.choices import NETWORKS, PARTS, TRACKERS
 from fedsplit.settings.parsing import (
     PARTITION_FORMS,
@@ -30,6 +30,7 @@ class Validator:
     Attributes:
         words: The values in words, for messages.
         test: Returns True for a possible value. Takes values of the setting's type only.
+        explain: Returns words about one refused text, which say more than `words`; None if there are no such words.
 
     Example:
         >>> fraction = Validator("a number above 0, up to 1", lambda v: 0 < v <= 1)
@@ -39,6 +40,7 @@ class Validator:
 
     words: str
     test: Callable[[Any], bool]
+    explain: Callable[[str], str] | None = None
 
 
 MOST = 2**31 - 1
@@ -46,6 +48,10 @@ MOST = 2**31 - 1
 
 MOST_AT_ONCE = 2**16
 """Largest number of things that exist at the same time, such as sequences of a batch, or threads."""
+
+
+MOST_TFLOPS = 1e6
+"""Largest speed of a device, in units of 10^12 operations a second: an exaflop a second."""
 
 
 def at_least(low: float, high: float = math.inf) -> Validator:
@@ -145,8 +151,14 @@ NETWORK = Validator(
 )
 """A network. Of a file, `fedsplit.settings.documents` keeps the content as one line of JSON."""
 
-TABLES = Validator("a TOML file", lambda v: v == "" or v.startswith("{"))
-"""A TOML file, whose content `fedsplit.settings.documents` keeps as one line of JSON."""
+COMPUTE_TABLE = "seconds_a_token"
+"""Table in a file of measured compute times."""
+
+TABLES = Validator(
+    f"a TOML file with a table {COMPUTE_TABLE}, as fedsplit network measure writes it",
+    lambda v: v == "" or v.startswith("{"),
+)
+"""A TOML file of compute times, whose content `fedsplit.settings.documents` keeps as one line of JSON."""
 
 WARMUP = Validator("a whole number of steps, or a share of them from 0 to below 1", _is_warmup)
 
@@ -185,11 +197,18 @@ QUANTIZATION = Validator(
 
 PARTITION = Validator(PARTITION_FORMS, lambda v: find_partition(v) is not None)
 
-CODEC = Validator(chain_forms(), lambda v: parse_chain(v) is not None)
+CODEC = Validator(chain_forms(), lambda v: parse_chain(v) is not None, chain_problem)
+
+WITHOUT_DELTA = "a chain as for wire.codec, without delta"
+
+
+def _is_adapter_chain(value: str) -> bool:
+    links = parse_chain(value)
+    return links is not None and links[0].name != "delta"
+
 
 ADAPTER_CODEC = Validator(
-    "a chain as for wire.codec, without delta",
-    lambda v: parse_chain(v) is not None and not v.startswith("delta"),
+    WITHOUT_DELTA, _is_adapter_chain, lambda v: WITHOUT_DELTA if parse_chain(v) else chain_problem(v)
 )
 
-ROLE_CODEC = Validator("a chain as for wire.codec", lambda v: v == "" or parse_chain(v) is not None)
+ROLE_CODEC = Validator("a chain as for wire.codec", lambda v: v == "" or parse_chain(v) is not None, chain_problem)

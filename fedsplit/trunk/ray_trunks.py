@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from fedsplit.trunk.actor import ActorSetup, RayTrunk, Seat, start_trunk
 from fedsplit.trunk.doors import join, weigh
 from fedsplit.trunk.port import Control, Reply, TrunkPort
 from fedsplit.trunk.spans import spans_of
-from fedsplit.wire.packets import Packet
+from fedsplit.wire.packets import Packet, new_incarnation
 from fedsplit.wire.transport import PendingAnswer
 
 
@@ -72,7 +71,7 @@ def start_trunks(
         setup: Threads, workers and further facts of every actor.
         options: Options of each Ray actor: the resources that Ray keeps, and the place. None for no resources.
     """
-    incarnation = secrets.token_hex(8)  # a packet for an earlier start of the trunk carries a different identity
+    incarnation = new_incarnation()
     shares = config.trunk.tensor_parallel
     remaining = list(options or [])
     replicas = []

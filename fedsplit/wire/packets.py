@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import secrets
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
@@ -207,3 +209,18 @@ def _check_of(field: Field[Any]) -> tuple[str, str, Callable[[Any], bool]]:
 
 
 _PACKET_CHECKS = [_check_of(field) for field in fields(Packet) if field.name != "key"]  # the key has `_KEY_CHECKS`
+
+
+def new_trunk_name() -> str:
+    """Returns a new name for a trunk and its run. All names have the same length, so that headers have it, too."""
+    return f"trunk-{uuid.uuid4()}"
+
+
+def new_incarnation() -> str:
+    """Returns a new identity for one start of a trunk. All identities have the same length.
+
+    Example:
+        >>> len(new_incarnation()), new_incarnation() == new_incarnation()
+        (16, False)
+    """
+    return secrets.token_hex(8)

@@ -16,8 +16,9 @@ from fedsplit.commands import evaluate
 from fedsplit.results import measuring
 from fedsplit.results.finished import open_run
 from fedsplit.scores import Score
+from fedsplit.settings.config import Config
 from fedsplit.settings.flags import flag_of
-from fedsplit.settings.sections import DataSettings
+from fedsplit.settings.sections import DataSettings, WireSettings
 
 
 def pooled(results: list[measuring.Result]) -> Score:
@@ -56,6 +57,22 @@ def test_the_flags_are_those_of_simulate(capsys: pytest.CaptureFixture[str]) -> 
         evaluate.main(["--help"])
     shown = set(re.findall(r"--data\.[a-z-]+", capsys.readouterr().out))
     assert shown == {flag_of(f"data.{leaf.name}") for leaf in fields(DataSettings)} - {"--data.held-out", "--data.show"}
+
+
+def test_a_lossy_codec_brings_a_line_that_explains_another_loss(
+    finished_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run("gpt2", **{"wire.codec": "int4,zstd"})
+    assert evaluate.main(["--run", str(run)]) == 0
+    *_, total, hint = capsys.readouterr().out.splitlines()
+    assert f"-> {reported(run)[0]['after']:.4f}" not in total
+    assert hint.startswith("the run measured through the codec int4,zstd, and this command without a codec")
+
+
+@pytest.mark.parametrize("values", [{}, {"codec": "delta,zstd"}, {"gradient_up": "int4", "gradient_down": "topk:0.1"}])
+def test_a_codec_that_leaves_hidden_states_as_they_are_brings_no_line(values: dict[str, str]) -> None:
+    """Gradients are no part of a measurement."""
+    assert evaluate.codec_hint(Config(wire=WireSettings(**values))) == []
 
 
 def test_the_table(finished_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,26 @@ DEVICES = {number: {"computation": 50.0, "communication": 1000.0 * (number + 1)}
 def test_a_named_network_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "home", "--clients", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["client", "uplink_mbps", "downlink_mbps"] and len(lines) == 3
+    assert lines[0].split()[:3] == ["client", "uplink_mbps", "downlink_mbps"] and len(lines) == 4
     assert lines[1].split()[:3] == ["0", "10", "30"]
+    assert lines[3].split() == ["trunk", "1000", "1000"]
+
+
+def test_the_trunk_has_a_row_and_no_number_is_rounded_to_a_whole_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "net.toml"
+    file.write_text('[default]\nprofile = "home"\navailability = 0.999999999\n[trunk]\nuplink_mbps = 5\n')
+    assert main(["show", str(file), "--clients", "1"]) == 0
+    _, client, trunk = capsys.readouterr().out.splitlines()
+    assert client.split()[-1] == "0.999999999" and trunk.split() == ["trunk", "5", "1000"]
+
+
+def test_a_date_in_a_file_is_named_with_its_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "net.toml"
+    file.write_text('[default]\nprofile = "home"\n[[clients]]\nshare = 0.5\nrtt_ms = 2020-01-01\n')
+    assert main(["show", str(file)]) == 2
+    assert "network.profile.clients, item 1.rtt_ms: 2020-01-01 is not possible" in capsys.readouterr().err
 
 
 def test_clients_by_name_have_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,7 +44,7 @@ def test_clients_by_name_have_rows_of_their_own(tmp_path: Path, capsys: pytest.C
     file.write_text('[default]\nprofile = "home"\n[[clients]]\nclients = [1, "ann"]\nuplink_mbps = 2\n')
     assert main(["show", str(file), "--clients", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[1:]] == [["0", "10"], ["1", "2"], ["ann", "2"]]
+    assert [line.split()[:2] for line in lines[1:]] == [["0", "10"], ["1", "2"], ["ann", "2"], ["trunk", "1000"]]
     assert main(["show", str(file), "--clients", "1"]) == 2
 
 
@@ -52,7 +70,9 @@ def test_json_needs_no_request(tmp_path: Path) -> None:
     ("call", "words"),
     [
         (["show", "hom"], "hom is not possible"),
-        (["show", "home", "--clients", "0"], "--clients"),
+        (["show", "home", "--clients", "0"], "--clients: 0 is not possible; allowed: a whole number from 1 to 100000"),
+        (["show", "home", "--clients", "1000000000"], "--clients: 1000000000 is not possible"),
+        (["show", "home", "--clients", "x"], "--clients: x is not possible"),
         (["fedscale", "nowhere", "--out", "x"], "nowhere cannot be read"),
         (["flhetbench", "SECURITY.md", "--out", "x"], "SECURITY.md is no JSON"),
         (["show", "home", "--nope", "1"], "there is no flag --nope"),

@@ -23,6 +23,7 @@ from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, In
 from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 from fedsplit.watchdog import Watchdog
+from fedsplit.wire.packets import new_incarnation, new_trunk_name
 
 BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
 ALONE = """
@@ -192,3 +193,21 @@ def test_the_caller_has_its_threads_again(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+def test_headers_are_as_long_as_on_every_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each packet has the name of the trunk and of its start, so that framing depends on their lengths."""
+    calls: list[tuple[str, str]] = []
+
+    def load(config: Config, name: str, incarnation: str, **_: object) -> list[list[SimpleNamespace]]:
+        calls.append((name, incarnation))
+        return [[SimpleNamespace(close=lambda: None)]]
+
+    monkeypatch.setattr(in_process, "load_trunks", load)
+    monkeypatch.setattr(in_process, "stage_maker", lambda *_: None)
+    plan = Plan(workers=1, client_threads=1, trunk_threads=1, micro_batches=1, trunk_lanes=1)
+    host = in_process.LocalSession(Config(), plan)
+    host.renew()
+    for name, incarnation in calls:
+        assert (len(name), len(incarnation)) == (len(new_trunk_name()), len(new_incarnation()))
+    assert len({word for call in calls for word in call}) == 4  # a new name and a new identity for each start

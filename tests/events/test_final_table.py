@@ -91,8 +91,12 @@ def test_a_classifier_is_not_asked_for_text() -> None:
 def test_virtual_time_has_rows_of_its_own() -> None:
     places = {place: 0.0 for place in PLACES} | {"wire_up": 3.0, "wire_down": 1.0}
     virtual = {"seconds": 14.6, "training": 11.0, "evaluation": 3.6, "places": places, "late": 2, "unavailable": 0}
-    text = shown({**SUMMARY, "virtual": {**virtual, "stragglers": {"bob": 1, "ann": 3}}})
+    virtual["surplus"] = 1
+    requests = {"asked": 6, "failed": 0}
+    virtual["stragglers"] = {"bob": 1, "ann": 3}
+    text = shown({**SUMMARY, "virtual": virtual, "client_rounds": requests})
     assert "14.6 s on the network: training 11.0 s, evaluation 3.6 s" in text
     assert "sending up 75%" in text and "receiving 25%" in text
-    assert "2 too late, of all requests to train" in text and "ann in 3 rounds, bob in 1 round" in text
+    assert "1 not needed (over-selection), 2 after the deadline, of 6 requests to train" in text
+    assert "fail" not in text and "ann in 3 rounds, bob in 1 round" in text
     assert "virtual" not in shown(SUMMARY)

@@ -13,6 +13,7 @@ from rich.console import Console
 from test_final_table import SUMMARY
 
 from fedsplit.events import ClientFailed, Notice, Progress, RoundEnded, RunEnded, RunFailed
+from fedsplit.events.event_types import ClientUnused
 from fedsplit.events.screen import (
     JsonLines,
     LiveScreen,
@@ -152,6 +153,8 @@ def test_a_failure_and_a_refusal_are_told_apart() -> None:
     common = {"round": 1, "phase": "training", "client": 1, "client_name": "bob"}
     failed = ClientFailed(**common, reason="out of luck")
     assert line_of(failed) == "bob failed and is left out: out of luck"
+    unused = ClientUnused(**common, cause="unavailable", reason="it is not available (availability 0.5)")
+    assert line_of(unused) == "bob does not count in round 1: it is not available (availability 0.5)"
     refused = ClientFailed(**common, reason="client 1 (bob) sent NaN", refused=True)
     assert line_of(refused) == "client 1 (bob) sent NaN; it is left out"
 

@@ -38,7 +38,8 @@ def test_engines_agree_to_the_bit(tmp_path: Path) -> None:
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         network = [{**event, "time": ""} for event in events if event["event"] == "network"]
         adapter = (out / "adapter" / "adapter_model.safetensors").read_bytes()
-        found[engine] = network, adapter
+        framing = json.loads((out / "summary.json").read_text())["framing"]
+        found[engine] = network, adapter, framing
     assert found["ray"] == found["local"]
     assert found["flower"] == found["local"]
     assert any(event["late"] for event in found["local"][0]) and any(

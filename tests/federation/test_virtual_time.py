@@ -120,17 +120,24 @@ def test_who_misses_the_deadline_is_left_out_exactly(play: Play, schedule: str) 
     folder = play("late", round_deadline=1.0, **settings)
     (event,) = events_of(folder, "network")[1:]
     assert len(event["late"]) == 1 and event["training_seconds"] == 1.0
-    (failure,) = events_of(folder, "client-failed")
-    assert failure["client"] == 0 and "virtual seconds, and the deadline is 1" in failure["reason"]
+    (unused,) = events_of(folder, "client-unused")
+    assert (unused["client"], unused["cause"]) == (0, "late")
+    assert "s of virtual time, and the deadline is 1.0 s" in unused["reason"]
     assert len(events_of(folder, "train")[0]["clients"]) == 2
     # The same client left out by over-selection: two of three are wanted, and the slow one comes last.
     surplus = play("surplus", fraction=0.67, network__over_select=1.5, **settings)
     (first_two,) = events_of(surplus, "network")[1:]
-    assert first_two["late"] == event["late"] and first_two["training_seconds"] < 1.0
+    assert first_two["surplus"] == event["late"] and not first_two["late"] and first_two["training_seconds"] < 1.0
     # And by its absence, so that it never trains.
     absent = {**SLOW_FIRST, "clients": [{**SLOW_FIRST["clients"][0], "availability": 1e-9}]}
     without = play("without", **{**settings, "network__profile": absent})
     assert events_of(without, "network")[1]["unavailable"] == event["late"]
+    # None of the three is a failure: not in the events, and not in the counts.
+    for run, cause in ((folder, "late"), (surplus, "surplus"), (without, "unavailable")):
+        assert [one["cause"] for one in events_of(run, "client-unused")] == [cause]
+        assert events_of(run, "client-failed") == []
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["client_rounds"]["failed"] == 0 and summary["virtual"][cause] == 1
     adapter = "adapter/adapter_model.safetensors"
     assert tensors_of(folder)[adapter] == tensors_of(surplus)[adapter] == tensors_of(without)[adapter]
 
@@ -164,6 +171,32 @@ def test_no_client_at_all_is_a_round_of_rest(play: Play) -> None:
 def test_totals_go_through_a_checkpoint() -> None:
     totals = VirtualTotals(training=1.5, stragglers={"ann": 2})
     assert VirtualTotals(**json.loads(json.dumps(totals.document()))) == totals
+
+
+@pytest.fixture
+def clock() -> Callable[..., VirtualTime]:
+    """Makes a virtual clock of four clients on home lines."""
+
+    def made(**values: Any) -> VirtualTime:
+        settings = {"clients": 4, "network.profile": "home", "fraction": 0.25}
+        return VirtualTime(build({**settings, **values}), ["a", "b", "c", "d"])
+
+    return made
+
+
+def test_a_time_just_behind_the_deadline_is_written_with_more_digits(clock: Callable[..., VirtualTime]) -> None:
+    late = clock(round_deadline=0.3)._late({0: 0.3, 1: 0.30042, 2: 0.35})
+    assert late == {
+        1: "its update would arrive after 0.3004 s of virtual time, and the deadline is 0.3000 s",
+        2: "its update would arrive after 0.35 s of virtual time, and the deadline is 0.30 s",
+    }
+
+
+def test_surplus_clients_are_told_how_many_are_enough(clock: Callable[..., VirtualTime]) -> None:
+    one = clock(**{"network.over_select": 2})._surplus({0: 2.0, 1: 1.0})
+    assert one == {0: "1 update is needed, and arrived before its own, which would arrive after 2.0 s of virtual time"}
+    two = clock(**{"network.over_select": 2, "fraction": 0.5})._surplus({0: 2.0, 1: 1.0, 2: 3.0})
+    assert list(two) == [2] and two[2].startswith("2 updates are needed, and arrived before its own")
 
 
 def test_over_selection_asks_more_and_never_more_than_all() -> None:

@@ -58,3 +58,20 @@ def test_a_file_becomes_part_of_the_settings(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"^network.profile: .*net.toml is not possible; allowed: .*{words}"):
             build({"network.profile": str(file)})
         file.touch()
+
+
+def test_a_file_without_compute_times_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "times.toml"
+    file.write_text("[default]\nuplink_mbps = 1\n")
+    with pytest.raises(InputError, match=r"^network.compute: .*times.toml is not possible; .* a table seconds_a_token"):
+        build({"network.compute": str(file)})
+    file.write_text("[seconds_a_token]\nother = 1\n")
+    with pytest.raises(InputError, match="a table seconds_a_token with other is not possible"):
+        check_network(build({"network.profile": "home", "network.compute": str(file)}))
+
+
+@pytest.mark.parametrize("setting", ["network.client_tflops", "network.trunk_tflops"])
+@pytest.mark.parametrize("value", [1e-300, 0, 1e7])
+def test_no_speed_is_beyond_all_devices(setting: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"^{setting}: .*a number from 1e-06 to 1000000"):
+        build({setting: value})

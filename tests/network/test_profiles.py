@@ -33,7 +33,17 @@ def test_impossible_values_name_their_field(field: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("uplink_mbps", 0), ("compute", 0), ("loss", 1), ("availability", 0), ("availability", 1.5)]
+    ("field", "value"),
+    [
+        ("uplink_mbps", 1e-300),
+        ("downlink_mbps", 1.1e6),
+        ("rtt_ms", 1e300),
+        ("jitter_ms", 3_600_001),
+        ("compute", 1e-5),
+        ("loss", 0.999999999),
+        ("availability", 0),
+        ("availability", 1.5),
+    ],
 )
 def test_values_at_the_border(field: str, value: float) -> None:
     with pytest.raises(InputError, match=f"^{field}: "):

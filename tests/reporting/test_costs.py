@@ -27,6 +27,14 @@ def test_virtual_time_is_summed_by_client_and_place(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", names=("ann", "bob"))
     assert virtual_time(read_run(run)).is_empty
     with (run / "metrics.jsonl").open("a") as file:
+        unused = {
+            "event": "client-unused",
+            "round": 2,
+            "client_name": "bob",
+            "cause": "surplus",
+            "reason": "1 is enough",
+        }
+        file.write(json.dumps(unused) + "\n")
         for round in (1, 2):
             places = {"wire_up": 2.0 * round, "client_compute": 1.0, "others": "broken"}
             event = {"event": "network", "round": round, "virtual_elapsed": 5.0 * round, "clients": {"ann": places}}
@@ -34,4 +42,6 @@ def test_virtual_time_is_summed_by_client_and_place(tmp_path: Path) -> None:
     record = read_run(run)
     (table,) = virtual_time(record).tables
     assert table.body == [("ann", "2.00", "6.00", "0.00", "0.00", "0.00", "0.00", "8.00")]
+    (uncounted,) = virtual_time(record).folded
+    assert uncounted.body == [("2", "bob", "not needed (over-selection)", "1 is enough")]
     assert [seconds for seconds, _ in loss_against(record, "virtual")] == [5.0, 10.0]

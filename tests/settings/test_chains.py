@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedsplit.settings.chains import ChainLink, chain_forms, parse_chain
+from fedsplit.errors import SettingError
+from fedsplit.settings.chains import ChainLink, chain_forms, chain_problem, parse_chain
 from fedsplit.settings.choices import CODECS
+from fedsplit.settings.documents import build
 
 
 def test_a_chain_is_its_codecs_with_their_parameters() -> None:
@@ -45,11 +47,40 @@ def test_only_the_first_codec_with_a_memory_remembers() -> None:
         "lowrank:0",
         "zstd:20",
         "int8:4",
-        " int8",
+        "top k:0.1",
     ],
 )
 def test_what_cannot_work_together_is_no_chain(text: str) -> None:
     assert parse_chain(text) is None
+
+
+def test_spaces_around_a_codec_do_not_count() -> None:
+    assert parse_chain(" topk:0.1 , int8,zstd ") == parse_chain("topk:0.1,int8,zstd")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int8,zstd:23", "in place of zstd:23, zstd[:LEVEL] with a whole LEVEL from 1 to 19"),
+        ("delta:-1", "in place of delta:-1, delta[:THRESHOLD] with a THRESHOLD from 0 to 1"),
+        ("lowrank:2.5,int8", "in place of lowrank:2.5, lowrank:RANK with a whole RANK from 1 to 1024"),
+        ("topk", "in place of topk, topk:SHARE with a SHARE from 0.0001 to 1"),
+        ("topk:0.1,int4:3", "in place of int4:3, int4, which takes no parameter"),
+        ("zip", chain_forms()),
+        ("zstd,int8", chain_forms()),
+    ],
+)
+def test_a_wrong_parameter_is_named_with_its_range(text: str, words: str) -> None:
+    assert chain_problem(text) == words
+
+
+@pytest.mark.parametrize("setting", ["wire.codec", "wire.gradient_up", "adapter.codec"])
+def test_every_codec_setting_names_a_wrong_parameter(setting: str) -> None:
+    with pytest.raises(SettingError, match="allowed: in place of topk:2, topk:SHARE with"):
+        build({setting: "topk:2,int8"})
+    build({setting: "mxfp4 , zstd"})
+    with pytest.raises(SettingError, match="without delta"):
+        build({"adapter.codec": " delta"})
 
 
 def test_the_words_name_every_codec() -> None:

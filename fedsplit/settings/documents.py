@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import ErrorCollector, InputError, SettingError, UnknownValue, check_all, shortened
+from fedsplit.settings.chains import parts_of
 from fedsplit.settings.choices import NETWORKS, PROMPTED
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
 from fedsplit.settings.drafts import Draft, without
 from fedsplit.settings.fields import Setting
 from fedsplit.settings.sections import LoraSettings, Section
-from fedsplit.settings.validators import COMPUTE_TABLE, FIELDS, NETWORK, TABLES
+from fedsplit.settings.validators import ADAPTER_CODEC, CODEC, COMPUTE_TABLE, FIELDS, NETWORK, ROLE_CODEC, TABLES
 
 BY_ALIAS = {setting.alias.removeprefix("--"): name for name, setting in SETTINGS.items() if setting.alias}
 """Settings by their second flags, such as `train.lr` by `lr`."""
@@ -59,6 +60,8 @@ def _typed(setting: Setting, value: Any) -> Any:
         return _whole_numbers(value)
     if setting.allowed is FIELDS:
         return _object(setting.name, value)
+    if setting.allowed in (CODEC, ROLE_CODEC, ADAPTER_CODEC) and isinstance(value, str):
+        return ",".join(parts_of(value))  # so that spaces are no difference between two runs
     if setting.allowed in (NETWORK, TABLES):
         return _tables(setting, value)
     if setting.python_type is bool:

@@ -78,7 +78,7 @@ def test_a_wrong_parameter_is_named_with_its_range(text: str, words: str) -> Non
 def test_every_codec_setting_names_a_wrong_parameter(setting: str) -> None:
     with pytest.raises(SettingError, match="allowed: in place of topk:2, topk:SHARE with"):
         build({setting: "topk:2,int8"})
-    build({setting: "mxfp4 , zstd"})
+    assert build({setting: "mxfp4 , zstd"}) == build({setting: "mxfp4,zstd"})
     with pytest.raises(SettingError, match="without delta"):
         build({"adapter.codec": " delta"})
 

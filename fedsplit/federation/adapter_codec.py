@@ -31,10 +31,10 @@ class AdapterCodec:
         >>> names = ["h.0.lora_A.weight"]
         >>> client, server = AdapterCodec("int8", 0, names), AdapterCodec("int8", 0, names)
         >>> given = {names[0]: torch.ones(2, 2)}
-        >>> sent = client.encode_changes({names[0]: torch.full((2, 2), 1.5)}, given, client=0, round=1)
+        >>> sent = client.encode_changes({names[0]: torch.full((2, 2), 128.0)}, given, client=0, round=1)
         >>> server.decode_changes(sent, given, client=0, round=1)[names[0]]
-        tensor([[1.5000, 1.5000],
-                [1.5000, 1.5000]])
+        tensor([[128., 128.],
+                [128., 128.]])
     """
 
     def __init__(self, text: str, seed: int, names: Iterable[str]) -> None:

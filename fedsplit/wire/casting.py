@@ -107,8 +107,8 @@ class Float16(Cast):
     2^-11 of the value, or 2^-39 of the tensor's largest magnitude for small values.
 
     Example:
-        >>> Float16().decode(Float16().encode(torch.tensor([1e6])))
-        tensor([1000000.])
+        >>> Float16().decode(Float16().encode(torch.tensor([2.0**20])))
+        tensor([1048576.])
     """
 
     def encode(self, tensor: Tensor, role: Role | None = None) -> Encoded:

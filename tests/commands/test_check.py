@@ -10,6 +10,7 @@ from fedsplit.commands.check import main
 
 CODE = """
 import torch
+from fedsplit.updates import average_adapters, weighted
 class Keeps:
     def __init__(self, rate: float = 1.0):
         if rate > 1:
@@ -17,7 +18,8 @@ class Keeps:
     def init(self, adapters):
         return {}
     def aggregate(self, state, adapters, updates):
-        return state, adapters
+        updates, weights = weighted(updates)
+        return state, average_adapters(adapters, updates, weights)
 class Fails(Keeps):
     def aggregate(self, state, adapters, updates):
         return state, {}
@@ -50,7 +52,7 @@ def test_what_breaks_a_rule_is_named_once(mine: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr()
     assert shown.out.count("aggregate returned dict, dict, not a state and Adapters") == 1
     assert shown.out.count("\nskip  ") == shown.out.count("(fails as 'rounds')") >= 8
-    assert "breaks 1 of the 12 rules for its kind, strategy; " in shown.err
+    assert "breaks 1 of the 13 rules for its kind, strategy; " in shown.err
 
 
 @pytest.mark.parametrize(

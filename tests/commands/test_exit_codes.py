@@ -153,7 +153,7 @@ def bad_calls(folder: Path, run: Path) -> list[tuple[str, str]]:
     whole = "allowed: a whole number"
     return [
         # the command itself
-        ("simulat", "there is no command simulat; did you mean simulate?"),
+        ("simulat", "there is no command simulat; did you mean simulate or estimate?"),
         ("../simulate", "there is no command ../simulate"),
         ("simulate.main", "there is no command simulate.main"),
         # simulate

@@ -55,6 +55,7 @@ WORK = (
     "evaluation_activation",
     "evaluation_up",
     "evaluation_down",
+    *("framing.", "packets."),
 )
 """Beginnings of names of the trunk's work and traffic, which a discarded attempt has caused, too."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
-from fedsplit.errors import ErrorCollector, InputError, SettingError, one_line
+from fedsplit.errors import ErrorCollector, InputError, InputErrors, SettingError, one_line
 from fedsplit.settings.command_line import Parser
 from fedsplit.settings.config import Config
 from fedsplit.settings.flags import read_draft
@@ -23,13 +22,21 @@ from fedsplit.settings.flags import read_draft
 if TYPE_CHECKING:
     import argparse
 
+    from fedsplit.estimation.clock import Field
     from fedsplit.estimation.party_shapes import Workload
-    from fedsplit.estimation.run_cost import Field
 
-_HOME = "home"
-"""Network of an estimate whose settings name none."""
+_END = "eos_token_id"
 
 _MOST = 2**31 - 1
+
+_MOST_CLIENTS = 100_000
+"""Largest number of clients."""
+
+_MOST_ROUNDS = 100_000
+"""Largest number of rounds."""
+
+_MOST_AT_ONCE = 1_000
+"""Largest number of clients that train or measure in a round: each has adapters and messages of its own."""
 
 
 def make_parser() -> Parser:
@@ -105,8 +112,9 @@ def _settle(config: Config, flags: argparse.Namespace) -> tuple[Workload, Field]
         Facts about the data, and where the run would take place.
 
     Raises:
-        InputError: A setting or a flag is wrong. All errors are reported together.
+        InputError: A setting or a flag is wrong. All errors are reported together, after those of counts.
     """
+    _check_counts(config)
     collector = ErrorCollector()
     field = workload = None
     with collector.collecting():
@@ -123,7 +131,7 @@ def _settle(config: Config, flags: argparse.Namespace) -> tuple[Workload, Field]
 def _report(config: Config, workload: Workload, field: Field, flags: argparse.Namespace) -> list[str]:
     """Estimates a run, and returns the lines to print."""
     from fedsplit.estimation.alternatives import alternatives_of
-    from fedsplit.estimation.cost_lines import assumptions, lines_of
+    from fedsplit.estimation.cost_lines import assumptions, lines_of, warnings
     from fedsplit.estimation.party_shapes import Parties
     from fedsplit.estimation.run_cost import estimate
 
@@ -135,6 +143,7 @@ def _report(config: Config, workload: Workload, field: Field, flags: argparse.Na
     for one in compared:
         others.append({**asdict(one), "seconds": {**asdict(one.seconds), "round": one.seconds.round}})
     document = {**found.document(), "alternatives": others, "assumptions": assumptions(found)}
+    document["warnings"] = warnings(found)
     return [json.dumps(document, indent=2)]
 
 
@@ -162,6 +171,9 @@ blocks
     from fedsplit.model.sources import config_folder
     from fedsplit.objectives.objective import demands_of
 
+    file = Path(config.model, "config.json")
+    if file.is_file():
+        _read_json(file)
     collector = ErrorCollector()
     facts = None
     with collector.collecting():
@@ -220,22 +232,42 @@ def _field_of(flags: argparse.Namespace, config: Config) -> Field:
     Raises:
         InputError: A device is unknown, or the network lists a client that does not exist.
     """
+    from fedsplit.estimation.clock import HOME, Field, with_network
     from fedsplit.estimation.hardware import hardware_named
-    from fedsplit.estimation.run_cost import Field
+    from fedsplit.network.compute import read_recorded
     from fedsplit.network.fleet import read_fleet
 
-    network = config.network
-    fleet = read_fleet(network.profile or _HOME)
-    profiles = fleet.profiles([f"client {number}" for number in range(config.clients)], config.seed)
-    slowest = min(profiles, key=lambda one: min(one.uplink_mbps, one.downlink_mbps))
-    name = network.profile or _HOME
+    network = with_network(config).network
+    read_fleet(network.profile).check_clients([f"client {number}" for number in range(config.clients)])
+    if network.compute:
+        read_recorded(network.compute)
+        if flags.client_hardware or flags.trunk_hardware:
+            raise InputError("--network.compute has the times of both devices, so that no --….hardware goes with it")
     return Field(
-        name if not name.startswith("{") else "the slowest line of the network",
-        slowest,
-        fleet.trunk,
-        hardware_named(flags.client_hardware or f"{network.client_tflops:g}", "--client.hardware"),
-        hardware_named(flags.trunk_hardware or f"{network.trunk_tflops:g}", "--trunk.hardware"),
+        "a network of its own" if network.profile.startswith("{") else network.profile or HOME,
+        hardware_named(flags.client_hardware or repr(network.client_tflops), "--client.hardware"),
+        hardware_named(flags.trunk_hardware or repr(network.trunk_tflops), "--trunk.hardware"),
     )
+
+
+def _check_counts(config: Config) -> None:
+    """Checks that an estimate can follow every client and every round.
+
+    Raises:
+        InputError: There are too many.
+    """
+    from fedsplit.federation.evaluation import clients_that_measure
+
+    collector = ErrorCollector()
+    for name, count, most in (("clients", config.clients, _MOST_CLIENTS), ("rounds", config.rounds, _MOST_ROUNDS)):
+        with collector.collecting():
+            if count > most:
+                raise InputError(f"{name}: {count} is too many for an estimate; allowed: up to {most:,}")
+    collector.check()
+    busy = max(config.asked, len(clients_that_measure(config)))
+    if busy > _MOST_AT_ONCE:
+        words = f"--fraction and --eval.fraction with up to {_MOST_AT_ONCE:,} clients in a round"
+        raise InputError(f"clients: {busy} in a round are too many for an estimate; allowed: {words}")
 
 
 def _workload_of(flags: argparse.Namespace, config: Config) -> Workload:
@@ -250,6 +282,8 @@ def _workload_of(flags: argparse.Namespace, config: Config) -> Workload:
     if config.train.epochs and not sequences:
         raise InputError("--epochs needs --sequences N, the training sequences of each client")
     classes = _number("--classes", flags.classes)
+    if classes == 1:
+        raise InputError("--classes: 1 is not possible; allowed: a whole number from 2")
     if config.data.format == "classification":
         classes = classes or 2
     elif classes:
@@ -281,8 +315,41 @@ def _as_folder(config: Config) -> Iterator[Config]:
     if not config.model.endswith(".json") or not os.path.isfile(file):
         yield config
         return
+    document = _read_json(file)
+    if isinstance(document, dict) and document and not any(map(_names_end, (document, document.get("text_config")))):
+        document[_END] = 0  # what an estimate reads does not depend on the token
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made, file.parent.resolve().name if file.name == "config.json" else file.stem)
         folder.mkdir()
-        shutil.copyfile(file, folder / "config.json")
-        yield replace(config, model=str(folder))
+        (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
+        try:
+            yield replace(config, model=str(folder))
+        except InputError as error:
+            # The folder is gone when a user reads the error.
+            raise _renamed(error, str(folder), config.model) from None
+
+
+def _read_json(file: Path) -> Any:
+    """Reads a config.json.
+
+    Raises:
+        SettingError: The file cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror
+    except (ValueError, RecursionError) as error:
+        reason = one_line(error)
+    raise SettingError("model", f"{file} ({reason})", "a config.json that can be read")
+
+
+def _names_end(document: object) -> bool:
+    """Returns True if a configuration names the token that ends a text."""
+    return isinstance(document, dict) and document.get(_END) not in (None, [])
+
+
+def _renamed(error: InputError, folder: str, model: str) -> InputError:
+    """Returns an error, or several, with the user's path in place of a temporary folder."""
+    errors = [InputError(str(each).replace(folder, model)) for each in error.errors]
+    return errors[0] if len(errors) == 1 else InputErrors(errors)

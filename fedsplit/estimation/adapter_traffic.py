@@ -9,12 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fedsplit.estimation.clock import Clock
 from fedsplit.estimation.party_shapes import Parties
 from fedsplit.estimation.step_traffic import Traffic
 from fedsplit.factors import Adapters, factor_of
@@ -23,12 +24,12 @@ from fedsplit.federation.adapter_codec import AdapterCodec
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.aggregation import Aggregation, make_aggregation, strategy_defaults
 from fedsplit.federation.clients import ClientNode
-from fedsplit.federation.evaluation import clients_that_measure, is_due
 from fedsplit.federation.messages import serialised_bytes
 from fedsplit.federation.rehearsal import InventedRoster, undisturbed
 from fedsplit.federation.replies import without_tensors
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.federation.travel import stays
+from fedsplit.federation.virtual_time import TrainingTime
 from fedsplit.scores import Score
 from fedsplit.tensor_files import pack_changes
 from fedsplit.updates import Assignment, ClientUpdate
@@ -46,19 +47,38 @@ class RoundOfAdapters:
     """Adapters of one round.
 
     Attributes:
-        traffic: Bytes by kind and direction.
-        trained: Clients that train.
+        down: Bytes of the adapters that each client is sent to train, by the number of each client that trains.
+        up: Bytes of the adapters that each client sends back.
+        news: Bytes of changes of base weights, which every client that measures is sent.
+        measured: Bytes of the adapters that every client that measures is sent.
+        time: The training on the virtual clock; None without a clock or a training.
     """
 
-    traffic: Traffic = field(default_factory=Counter)
-    trained: tuple[int, ...] = ()
+    down: Mapping[int, int] = field(default_factory=dict)
+    up: Mapping[int, int] = field(default_factory=dict)
+    news: int = 0
+    measured: int = 0
+    time: TrainingTime | None = None
+
+    def traffic(self, measuring: int) -> Traffic:
+        """Returns the bytes by kind and direction.
+
+        Args:
+            measuring: Number of clients that measure the round.
+        """
+        return Counter(
+            adapter_down=sum(self.down.values()) + measuring * self.news,
+            adapter_up=sum(self.up.values()),
+            evaluation_down=measuring * self.measured,
+        )
 
 
-def rounds_of_adapters(parties: Parties) -> list[RoundOfAdapters]:
+def rounds_of_adapters(parties: Parties, clock: Clock | None = None) -> list[RoundOfAdapters]:
     """Returns the adapters' traffic of each round; the first entry is the evaluation before the first round.
 
     Args:
         parties: The parties of a run.
+        clock: The virtual clock of the run, which decides who is absent and who comes too late; None if nobody is.
 
     Raises:
         InputError: The strategy cannot be made, or fails.
@@ -67,13 +87,13 @@ def rounds_of_adapters(parties: Parties) -> list[RoundOfAdapters]:
         >>> from fedsplit.settings.config import Config
         >>> parties = Parties(Config(rounds=2, clients=3))
         >>> rounds = rounds_of_adapters(parties)
-        >>> [entry.traffic["adapter_down"] > 0 for entry in rounds]  # all begin with adapters that they know
+        >>> [sum(entry.down.values()) > 0 for entry in rounds]  # all begin with adapters that they know
         [False, False, True]
     """
     config = parties.config
     with undisturbed(config.seed), tempfile.TemporaryDirectory() as folder:
-        server = _Server(parties, Path(folder))
-        rounds = [server.evaluate(0)]
+        server = _Server(parties, Path(folder), clock)
+        rounds = [server.to_measure()]
         for round in range(1, min(config.rounds, PLAYED) + 1):
             rounds.append(server.play(round))
     for round in range(PLAYED + 1, config.rounds + 1):
@@ -85,8 +105,9 @@ def rounds_of_adapters(parties: Parties) -> list[RoundOfAdapters]:
 class _Server:
     """The server's state between rounds."""
 
-    def __init__(self, parties: Parties, folder: Path) -> None:
+    def __init__(self, parties: Parties, folder: Path, clock: Clock | None) -> None:
         self._parties = parties
+        self._clock = clock
         self._config = parties.config
         self._shapes: dict[str, torch.Size] = {}  # of tensors that have a stand-in
         self._noise: dict[torch.Size, Tensor] = {}
@@ -154,23 +175,29 @@ class _Server:
     def play(self, round: int) -> RoundOfAdapters:
         """Plays a round."""
         ledger = self._ledger
-        traffic: Traffic = Counter()
         assigned = self._aggregation.assign(round, self._adapters, self._roster)
-        updates = []
-        for client in sorted(assigned):
+        unavailable = [] if self._clock is None else sorted(self._clock.virtual.unavailable(round, sorted(assigned)))
+        down: dict[int, int] = {}
+        up: dict[int, int] = {}
+        updates = {}
+        for client in sorted(assigned.keys() - {*unavailable}):
             assignment = assigned[client]
             task = assignment.task
             control = ledger.rule.crosses(task.control) if task.control is not None else {}
-            traffic["adapter_down"] += self._bytes_down(client, assignment, round) + self._bytes(control)
+            down[client] = self._bytes_down(client, assignment, round) + self._bytes(control)
             update = self._update(client, assignment)
-            updates.append(update)
+            updates[client] = update
             crossing = ledger.rule.crosses(assignment.adapters.tensors)
             returned = ledger.rule.returned(crossing, task)
             sent_control = {name: update.control[name] for name in returned if name in update.control}
-            traffic["adapter_up"] += self._bytes_up(update, returned, round) + self._bytes(sent_control)
-            ledger.accept(client, round, assignment)
-        self._aggregate(round, updates)
-        return RoundOfAdapters(traffic + self.evaluate(round).traffic, tuple(sorted(assigned)))
+            up[client] = self._bytes_up(update, returned, round) + self._bytes(sent_control)
+        time = None if self._clock is None else self._clock.training(round, down, up, unavailable)
+        for client in () if time is None else (*time.late, *time.surplus):
+            del updates[client]
+        for client in updates:
+            ledger.accept(client, round, assigned[client])
+        self._aggregate(round, [*updates.values()])
+        return replace(self.to_measure(), down=down, up=up, time=time)
 
     def _aggregate(self, round: int, updates: list[ClientUpdate]) -> None:
         """Lets the strategy aggregate updates."""
@@ -182,15 +209,10 @@ class _Server:
         self._ledger.fold(round, result.folded)
         self._adapters = result.with_tensors(result.tensors)
 
-    def evaluate(self, round: int) -> RoundOfAdapters:
-        """Sends the adapters to the clients that measure, if the round is to be evaluated."""
-        traffic: Traffic = Counter()
-        if not is_due(self._config, round):
-            return RoundOfAdapters()
-        count = len(clients_that_measure(self._config))
-        traffic["adapter_down"] += count * serialised_bytes(pack_changes(self._ledger.news))
-        traffic["evaluation_down"] += count * self._bytes(self._ledger.rule.crosses(self._adapters.tensors))
-        return RoundOfAdapters(traffic)
+    def to_measure(self) -> RoundOfAdapters:
+        """Returns what a client that measures is sent."""
+        news = serialised_bytes(pack_changes(self._ledger.news))
+        return RoundOfAdapters(news=news, measured=self._bytes(self._ledger.rule.crosses(self._adapters.tensors)))
 
     def _update(self, client: int, assignment: Assignment) -> ClientUpdate:
         """Returns an invented update, in which every trained tensor has changed a little."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsplit.estimation.alternatives import Alternative, shown
+from fedsplit.estimation.adapter_traffic import PLAYED
+from fedsplit.estimation.alternatives import LIMITS, Alternative, flags_of, shown
+from fedsplit.estimation.clock import MOST_CLIENTS
 from fedsplit.estimation.hardware import HARDWARE, Hardware
-from fedsplit.estimation.run_cost import Estimate
+from fedsplit.estimation.run_cost import Estimate, codec_name
 from fedsplit.estimation.step_traffic import Traffic
 from fedsplit.formatting import aligned, counted, size
 
@@ -51,6 +53,7 @@ def lines_of(found: Estimate, compared: Sequence[Alternative]) -> list[str]:
         "",
         *_alternatives(found, compared),
         "",
+        *(f"mind: {line}" for line in warnings(found)),
         "assumed",
         *(f"  - {line}" for line in assumptions(found)),
     ]
@@ -67,11 +70,20 @@ def _opening(found: Estimate) -> list[str]:
     return [
         f"{config.model}: {parties.bottom.config.model_type}, {parties.facts.blocks} blocks of width "
         f"{parties.facts.width}, {config.dtype}",
-        f"cut {config.cut}; {counted(config.clients, 'client', 'clients')}, {config.sampled} a round; "
+        f"cut {config.cut}; {counted(config.clients, 'client', 'clients')}, {config.asked} a round; "
         f"{counted(config.rounds, 'round', 'rounds')} of {counted(found.traffic.steps, 'step', 'steps')}",
-        f"a step: {of_step}; micro-batches: {train.micro_batches}; codec: {config.wire.codec}",
+        f"a step: {of_step}; micro-batches: {train.micro_batches}; codec: {codec_name(config.wire)}",
+        *_roles(found),
         f"trunk: {config.trunk.schedule}; strategy: {config.strategy}",
     ]
+
+
+def _roles(found: Estimate) -> list[str]:
+    """Returns a line for each role of the wire, if roles have different codecs."""
+    wire = found.parties.config.wire
+    if codec_name(wire) != "by role":
+        return []
+    return [f"  codec of {_KINDS[kind]} {way}: {codec}" for (kind, way), codec in wire.codecs.items()]
 
 
 def _parameters(found: Estimate) -> list[str]:
@@ -87,7 +99,6 @@ def _parameters(found: Estimate) -> list[str]:
 
 def _memory(found: Estimate) -> list[str]:
     """Returns the table of memory by party."""
-    config = found.parties.config
     client = found.memory["client"]
     trunk = found.memory["trunk"]
     everybody = found.trunk_with_all
@@ -103,8 +114,9 @@ def _memory(found: Estimate) -> list[str]:
         ("peak, one client's batch pending", "peak"),
     ):
         rows.append((f"  {name}", size(getattr(client, key)), size(getattr(trunk, key))))
-    if config.sampled > 1:
-        rows.append((f"  peak, batches of all {config.sampled} pending", "", size(everybody.peak)))
+    if found.pending > 1:
+        whose = "a replica's" if found.parties.config.trunk.replicas > 1 else "all"
+        rows.append((f"  peak, batches of {whose} {found.pending} pending", "", size(everybody.peak)))
     return aligned(rows)
 
 
@@ -142,21 +154,33 @@ def _flops(found: Estimate) -> list[str]:
 
 def _seconds(found: Estimate) -> list[str]:
     """Returns the lines on seconds, and on what limits a round."""
-    field = found.field
     seconds = found.seconds
-    profile = field.profile
-    dtype = found.parties.config.dtype
+    last = found.parties.config.rounds
     return [
-        f"seconds on {field.network} ({profile.uplink_mbps:g} Mbit/s up, {profile.downlink_mbps:g} down, "
-        f"{profile.rtt_ms:g} ms)",
-        f"  client: {_device(field.client, dtype, profile.compute)}; trunk: {_device(field.trunk, dtype)}",
+        *_place(found),
         f"  a step  {_time(seconds.step)}: client {_time(seconds.client)}, trunk {_time(seconds.trunk)}, "
         f"wire {_time(seconds.wire)}",
-        f"  a round {_time(seconds.round)}: training {_time(seconds.training)}, adapters "
-        f"{_time(seconds.adapters)}, evaluation {_time(seconds.evaluation)}",
-        f"  the run {_time(seconds.round * found.parties.config.rounds)}",
+        f"  round {last} {_time(seconds.round)}: training {_time(seconds.training)}, "
+        f"evaluation {_time(seconds.evaluation)}",
+        f"  the run {_time(found.run_seconds)}: training {_time(sum(one.training for one in found.rounds))}, "
+        f"evaluation {_time(sum(one.evaluation for one in found.rounds))}",
         f"  limit: {_LIMITS[seconds.limit]}",
     ]
+
+
+def _place(found: Estimate) -> list[str]:
+    """Returns the lines on networks and devices."""
+    field = found.field
+    config = found.parties.config
+    profile, *others = found.profiles
+    words = f"{profile.uplink_mbps:g} Mbit/s up, {profile.downlink_mbps:g} down, {profile.rtt_ms:g} ms"
+    if others:
+        words = f"{len(found.profiles)} kinds of clients"
+    if config.network.compute:
+        return [f"seconds on {field.network} ({words})", "  client and trunk: recorded by --network.compute"]
+    factor = 1.0 if others else profile.compute
+    devices = f"  client: {_device(field.client, config.dtype, factor)}; trunk: {_device(field.trunk, config.dtype)}"
+    return [f"seconds on {field.network} ({words})", devices]
 
 
 def _device(device: Hardware, dtype: str, factor: float = 1.0) -> str:
@@ -206,9 +230,9 @@ def _alternatives(found: Estimate, compared: Sequence[Alternative]) -> list[str]
         *aligned(rows),
         f"of {counted(len(compared), 'combination', 'combinations')}, cheapest",
         f"  in time, {_time(quickest.seconds.round)} a round:",
-        f"    {_named(quickest)}",
+        f"    {flags_of(quickest, found.parties.config)}",
         f"  in bytes, {size(fewest.step_bytes)} a step:",
-        f"    {_named(fewest)}",
+        f"    {flags_of(fewest, found.parties.config)}",
     ]
 
 
@@ -225,14 +249,9 @@ def _row(one: Alternative) -> tuple[str, ...]:
     )
 
 
-def _named(one: Alternative) -> str:
-    """Returns the choice of an alternative, as flags."""
-    return f"--cut {one.cut[0]}:{one.cut[1]} --wire.codec {one.codec} --micro-batches {one.micro_batches}"
-
-
 def _line(found: Estimate) -> str:
     """Returns the bandwidth of the trunk's line in words."""
-    line = found.field.trunk_link
+    line = found.clock.virtual.field.link
     if line.uplink_mbps == line.downlink_mbps:
         return f"{line.uplink_mbps:g} Mbit/s"
     return f"{line.uplink_mbps:g} Mbit/s to them and {line.downlink_mbps:g} from them"
@@ -248,10 +267,36 @@ def assumptions(found: Estimate) -> list[str]:
         "clients compute at the same time, each on a device of its own",
         f"the trunk serves one step at a time; its line has {_line(found)} for all",
     ]
-    if config.rounds > 12:
-        lines.append("after round 12, adapters cross as in the two rounds before")
+    if config.trunk.replicas > 1:
+        lines[-1] = f"each of {config.trunk.replicas} replicas serves one step at a time, on a line of {_line(found)}"
+    if config.rounds > PLAYED:
+        lines.append(f"after round {PLAYED}, rounds are as the two before, in bytes and seconds")
+    if found.clock.extends:
+        lines.append("steps of a long phase take as long as its first ones, which are replayed")
+    if found.clock.thins:
+        lines.append(f"of {MOST_CLIENTS} clients or fewer, each stands for some; the trunk is as much slower")
+    lines.append(f"alternatives replay up to {LIMITS.clients} clients and about {LIMITS.crossings} messages a phase")
+    if any(name in text for text in config.wire.codecs.values() for name in ("zstd", "delta")):
+        lines.append("what zstd and delta save is measured on random values")
     if config.patience:
         lines.append("the run is not ended early by --patience")
     if config.train.epochs:
         lines.append(f"each client has {found.parties.workload.sequences} training sequences")
+    return lines
+
+
+def warnings(found: Estimate) -> list[str]:
+    """Returns what will keep a run from going as its settings say."""
+    config = found.parties.config
+    lines = []
+    need = found.memory["trunk"].peak
+    allowed = config.trunk.memory_bytes
+    if allowed is not None and allowed < need:
+        lines.append(f"--trunk.memory {config.trunk.memory} is less than the trunk's peak, {size(need)}")
+    if config.round_deadline:
+        times = [one.time for one in found.adapters if one.time is not None]
+        arrivals = [time.phase.arrivals for time in times if time.phase.arrivals]
+        if arrivals and all(min(one.values()) > config.round_deadline for one in arrivals):
+            first = min(min(one.values()) for one in arrivals)
+            lines.append(f"no update can arrive before --round-deadline: the first takes {_time(first)}")
     return lines

@@ -1,145 +1,156 @@
-"""Seconds of a step and of a round on a stated link and on stated devices, and what limits them.
-
-A step is played once over four resources: the client's device, its uplink, the trunk, and the client's downlink. Each
-serves one thing at a time, in the order of `fedsplit.client.split_step`. So micro-batches of a batch overlap as they
-do in a run.
-
-A round takes as long as a client's own steps, or as long as the trunk's work for all clients, whichever is longer.
-"""
+"""Seconds of a step, of a round and of the run, by the virtual clock, and what limits a round."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsplit.network.profiles import Profile
+from fedsplit.estimation.adapter_traffic import PLAYED, RoundOfAdapters
+from fedsplit.estimation.clock import Clock
+from fedsplit.federation.evaluation import clients_that_measure, is_due
+from fedsplit.federation.virtual_time import TrainingTime
+from fedsplit.network.times import ClientTime
+from fedsplit.settings.config import Config
+
+_CROWDED = 2.0
+"""Multiple of the seconds on the wire alone, from which the trunk's line limits a client and not the client's own."""
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """Costs of one micro-batch.
+class RoundSeconds:
+    """Seconds of a round on the virtual clock.
 
     Attributes:
-        bottom_forward: Seconds of the bottom's forward.
-        trunk_forward: Seconds of the trunk's forward.
-        top: Seconds of the top's forward and backward.
-        trunk_backward: Seconds of the trunk's backward.
-        bottom_backward: Seconds of the bottom's backward.
-        activation_up: Bytes of hidden states to the trunk.
-        activation_down: Bytes of hidden states to the client.
-        gradient_up: Bytes of gradients to the trunk.
-        gradient_down: Bytes of gradients to the client.
+        training: Seconds until the server aggregates: adapters down, local steps, adapters up.
+        evaluation: Seconds of the evaluation; 0 for a round without one.
     """
 
-    bottom_forward: float
-    trunk_forward: float
-    top: float
-    trunk_backward: float
-    bottom_backward: float
-    activation_up: float
-    activation_down: float
-    gradient_up: float
-    gradient_down: float
+    training: float
+    evaluation: float
 
     @property
-    def client(self) -> float:
-        """Seconds at the client."""
-        return self.bottom_forward + self.top + self.bottom_backward
-
-    @property
-    def trunk(self) -> float:
-        """Seconds at the trunk."""
-        return self.trunk_forward + self.trunk_backward
+    def total(self) -> float:
+        """Seconds of the round."""
+        return self.training + self.evaluation
 
 
 @dataclass(frozen=True)
-class Link:
-    """A client's line, as an estimate sees it: mean values.
+class Seconds:
+    """Seconds of a step and a round.
 
     Attributes:
-        up: Bytes a second to the trunk. Lost packets are sent again.
-        down: Bytes a second to the client.
-        delay: Seconds of a message on its way, without the time of its bytes.
+        step: Seconds of a step of the client that sets the pace of the round, while it has the trunk for itself.
+        client: Seconds of the step in which the client waits for its own computing.
+        trunk: Seconds of the step in which the client waits for the trunk.
+        wire: Seconds of the step in which the client waits for a message on its way.
+        training: Seconds of the training of the last round, of all clients together.
+        evaluation: Seconds of the evaluation of the last round.
+        limit: What limits a round: "client", "trunk", "wire" (a client's line) or "trunk_wire" (the trunk's line).
     """
 
-    up: float
-    down: float
-    delay: float
+    step: float
+    client: float
+    trunk: float
+    wire: float
+    training: float
+    evaluation: float
+    limit: str
 
-    @classmethod
-    def of(cls, profile: Profile) -> Link:
-        """Returns the mean of a profile.
-
-        Example:
-            >>> from fedsplit.network.profiles import PROFILES
-            >>> Link.of(PROFILES["home"]).up
-            1248750.0
-        """
-        arriving = 1 - profile.loss
-        delay = (profile.rtt_ms / 2 + profile.jitter_ms / 2) / 1000
-        return cls(profile.uplink_bytes * arriving, profile.downlink_bytes * arriving, delay)
-
-    def seconds_up(self, nbytes: float) -> float:
-        """Returns the seconds that a message occupies the uplink."""
-        return nbytes / self.up
-
-    def seconds_down(self, nbytes: float) -> float:
-        """Returns the seconds that a message occupies the downlink."""
-        return nbytes / self.down
+    @property
+    def round(self) -> float:
+        """Seconds of a round."""
+        return self.training + self.evaluation
 
 
-@dataclass
-class _Resource:
-    """Something that serves one thing at a time.
-
-    Attributes:
-        free: Time from which the resource is free.
-    """
-
-    free: float = 0.0
-
-    def serve(self, ready: float, seconds: float) -> float:
-        """Serves something that is ready at a time, and returns the time at which it is done."""
-        self.free = max(self.free, ready) + seconds
-        return self.free
-
-
-def step_seconds(cost: StepCost, micros: int, link: Link, batches: int = 1, messages: int = 0) -> float:
-    """Returns the seconds of a step of a client that has the trunk for itself.
+def seconds_of(config: Config, clock: Clock, adapters: RoundOfAdapters, steps: int) -> Seconds:
+    """Returns the seconds of a step and of the last round.
 
     Args:
-        cost: Costs of one micro-batch.
-        micros: Micro-batches of a batch.
-        link: The client's line.
-        batches: Batches of the step, one after the other.
-        messages: Further pairs of small messages, such as those of clipping.
+        config: Settings of the run.
+        clock: The virtual clock.
+        adapters: Adapters of the round.
+        steps: Local steps of a client in the round.
+    """
+    training = clock.training(config.rounds, adapters.down, adapters.up)
+    busy = {client: _busy(time) for client, time in training.phase.spent.items()}
+    pace = max(busy, key=lambda client: busy[client], default=0)
+    alone = clock.alone(pace)
+    in_crowd = training.phase.spent.get(pace, alone)
+    return Seconds(
+        _busy(alone),
+        alone.seconds["client_compute"],
+        alone.seconds["trunk_compute"],
+        _wire(alone),
+        training.seconds,
+        clock.evaluation(config.rounds, to_measure(config, adapters)).end,
+        _limit(in_crowd, steps * _wire(alone)),
+    )
+
+
+def rounds_of(config: Config, clock: Clock, adapters: Sequence[RoundOfAdapters]) -> list[RoundSeconds]:
+    """Returns the seconds of each round; the first entry is the evaluation before the first round.
+
+    Rounds that are not played, after `PLAYED`, take as long as the two before them in turn.
+
+    Args:
+        config: Settings of the run.
+        clock: The virtual clock.
+        adapters: Adapters of each round.
+    """
+    played = adapters[: PLAYED + 1]
+    training = [_seconds(of_round.time) for of_round in played]
+    measured: dict[int, float] = {}
+    rounds = []
+    for number in range(config.rounds + 1):
+        like = number if number < len(played) else PLAYED - number % 2
+        evaluation = 0.0
+        if is_due(config, number):
+            if like not in measured:
+                measured[like] = clock.evaluation(like, to_measure(config, adapters[like])).end
+            evaluation = measured[like]
+        rounds.append(RoundSeconds(training[like], evaluation))
+    return rounds
+
+
+def to_measure(config: Config, adapters: RoundOfAdapters) -> dict[int, int]:
+    """Returns the bytes that each client that measures is sent."""
+    return dict.fromkeys(clients_that_measure(config), adapters.news + adapters.measured)
+
+
+def _seconds(time: TrainingTime | None) -> float:
+    """Returns the seconds of a training; 0 without one."""
+    return 0.0 if time is None else time.seconds
+
+
+def _busy(time: ClientTime) -> float:
+    """Returns the seconds of a client in which it does not wait for other clients."""
+    return time.total - time.seconds["others"]
+
+
+def _wire(time: ClientTime) -> float:
+    """Returns the seconds of a client in which messages are on their way."""
+    return time.seconds["wire_up"] + time.seconds["wire_down"]
+
+
+def _limit(time: ClientTime, wire_alone: float) -> str:
+    """Returns what takes the most of a client's training.
+
+    Args:
+        time: Where the client's time went among the others.
+        wire_alone: Seconds on the wire of the same steps, of a client that has the trunk for itself.
 
     Example:
-        >>> cost = StepCost(1, 2, 3, 4, 5, 10, 10, 10, 10)
-        >>> step_seconds(cost, 1, Link(10.0, 10.0, delay=0.5))  # 15 seconds of computing, 4 messages of 1.5 seconds
-        21.0
+        >>> time = ClientTime()
+        >>> time.add("wire_up", 9.0)
+        >>> time.add("trunk_queue", 5.0)
+        >>> _limit(time, wire_alone=8.0), _limit(time, wire_alone=1.0)
+        ('wire', 'trunk_wire')
     """
-    return batches * _batch_seconds(cost, micros, link) + messages * 2 * link.delay
-
-
-def _batch_seconds(cost: StepCost, micros: int, link: Link) -> float:
-    """Returns the seconds of one batch."""
-    client, uplink, trunk, downlink = (_Resource() for _ in range(4))
-
-    def up(ready: float, nbytes: float) -> float:
-        return uplink.serve(ready, link.seconds_up(nbytes)) + link.delay
-
-    def down(ready: float, nbytes: float) -> float:
-        return downlink.serve(ready, link.seconds_down(nbytes)) + link.delay
-
-    sent = [client.serve(0.0, cost.bottom_forward) for _ in range(micros)]
-    reached = [up(time, cost.activation_up) for time in sent]
-    computed = [trunk.serve(time, cost.trunk_forward) for time in reached]
-    arrived = [down(time, cost.activation_down) for time in computed]
-    returned = [client.serve(time, cost.top) for time in arrived]
-    if not cost.gradient_up:  # under forward-only, nothing goes back
-        return max(returned)
-    reached = [up(time, cost.gradient_up) for time in returned]
-    computed = [trunk.serve(time, cost.trunk_backward) for time in reached]
-    # An answer comes also where the client needs no gradient.
-    arrived = [down(time, cost.gradient_down) for time in computed]
-    return max(client.serve(time, cost.bottom_backward) for time in arrived)
+    seconds = time.seconds
+    wire = "trunk_wire" if _wire(time) > _CROWDED * wire_alone else "wire"
+    loads = {
+        "client": seconds["client_compute"],
+        wire: _wire(time),
+        "trunk": seconds["trunk_queue"] + seconds["trunk_compute"],
+    }
+    return max(loads, key=lambda name: loads[name])

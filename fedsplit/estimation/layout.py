@@ -9,6 +9,7 @@ from fedsplit.estimation.party_memory import counts_of
 from fedsplit.estimation.party_shapes import Parties
 from fedsplit.model.flops import Flops, flops_by_block, head_flops
 from fedsplit.model.parts import Kind, ranges
+from fedsplit.network.compute import Operations, Task
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,32 @@ def layout_of(parties: Parties, rows: int) -> Layout:
     head = head_flops(parties.top, rows, length, gradient_below)
     ends = counts_of(parties, ["bottom", "top"]).weights - inside
     return Layout(tuple(blocks), head, tuple(weights), ends)
+
+
+def operations(layout: Layout, bounds: tuple[int, int], rows: int) -> Operations:
+    """Returns the numbers of operations of the parts under a cut, for the virtual clock.
+
+    Args:
+        layout: The layout, for one batch.
+        bounds: The cut (LO, HI).
+        rows: Sequences of the batch.
+
+    Example:
+        >>> from fedsplit.settings.config import Config
+        >>> layout = layout_of(Parties(Config()), rows=4)
+        >>> of_cut = operations(layout, (1, 5), rows=4)
+        >>> of_cut("trunk-forward", 2, 128) == layout.flops((1, 5))["trunk"].forward / 2
+        True
+    """
+    costs = layout.flops(bounds)
+
+    def of_task(task: Task, size: int, length: int) -> float:
+        """Returns the operations of a task for some sequences of full length."""
+        part, _, direction = task.partition("-")
+        cost = costs[part]  # type: ignore[index]  # the name of a part
+        return (cost.forward if direction == "forward" else cost.backward) * size / rows
+
+    return of_task
 
 
 def total(costs: Mapping[Kind, Flops]) -> float:

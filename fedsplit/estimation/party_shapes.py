@@ -13,6 +13,7 @@ from fedsplit.adaptation import lora
 from fedsplit.adaptation.run_adapters import outlined
 from fedsplit.client.measures import load_objective_of
 from fedsplit.engines.planning import plan
+from fedsplit.errors import SettingError, one_line
 from fedsplit.estimation.tracing import Trace, trace
 from fedsplit.model.devices import TYPES
 from fedsplit.model.facts import Facts, read_facts
@@ -143,20 +144,24 @@ class Parties:
             kind: The part.
             rows: Sequences that are computed together.
             stage: Number of the trunk's stage.
+
+        Raises:
+            SettingError: The sizes in config.json do not fit each other.
         """
         key = (f"{kind}{stage}", rows)
         if key not in self._traces:
             needs = self.wants_gradient or (stage > 0 and self.trunk_learns)
             if kind == "top":
                 needs = self.schedule.expects_backward(self.wants_gradient)
-            self._traces[key] = trace(
-                self.parts(kind)[stage],
-                rows,
-                self.config.train.max_length,
-                self._dtype_below(kind, stage),
-                kind != "bottom" and needs,
-                self.workload.classes,
-            )
+            dtype = self._dtype_below(kind, stage)
+            part = self.parts(kind)[stage]
+            length = self.config.train.max_length
+            try:
+                found = trace(part, rows, length, dtype, kind != "bottom" and needs, self.workload.classes)
+            except RuntimeError as error:  # from torch, for matrices that cannot be multiplied
+                words = f"{self.config.model} (the {kind} cannot compute a step: {one_line(error)})"
+                raise SettingError("model", words, "a config.json whose sizes fit each other") from None
+            self._traces[key] = found
         return self._traces[key]
 
     def _dtype_below(self, kind: Kind, stage: int) -> torch.dtype:

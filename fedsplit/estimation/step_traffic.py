@@ -48,14 +48,16 @@ class StepTraffic:
         262144
     """
 
-    def __init__(self, parties: Parties, codec: str = "") -> None:
+    def __init__(self, parties: Parties, codec: str = "", micro_batches: int = 0) -> None:
         """Takes the parties of a run.
 
         Args:
             parties: The parties.
-            codec: A codec, or a chain of codecs, in place of the run's.
+            codec: A codec, or a chain of codecs, in place of the run's in all roles; empty for the run's.
+            micro_batches: Micro-batches of a batch; 0 for those of the run.
         """
         self._parties = parties
+        self._micro_batches = micro_batches or parties.config.train.micro_batches
         self._encoded: dict[tuple[int, int, str, str, bool], int] = {}
         self._states: dict[tuple[int, int, torch.dtype], Tensor] = {}
         wire = replace(parties.config.wire, **dict.fromkeys(_ROLES, ""), codec=codec) if codec else parties.config.wire
@@ -68,23 +70,30 @@ class StepTraffic:
         Args:
             rows: Sequences of the step, over all its batches.
         """
+        traffic: Traffic = Counter()
+        for micros in self.parts(rows):
+            for size in micros:
+                traffic += self.micro_batch(size)
+        return traffic + self.clipping()
+
+    def parts(self, rows: int) -> list[list[int]]:
+        """Returns the sequences of each micro-batch of a step, batch by batch.
+
+        Args:
+            rows: Sequences of the step, over all its batches.
+        """
         parties = self._parties
         settings = parties.config.train
-        ids = torch.zeros(rows, settings.max_length, dtype=torch.long)
         batches = batches_of(
-            ids,
+            torch.zeros(rows, settings.max_length, dtype=torch.long),
             None,
             None,
             batches=settings.accumulation,
-            micros=settings.micro_batches,
+            micros=self._micro_batches,
             virtual=parties.bottom.virtual,
             demands=parties.demands,
         )
-        traffic: Traffic = Counter()
-        for batch in batches:
-            for micro in batch:
-                traffic += self.micro_batch(len(micro.ids))
-        return traffic + self._clipping()
+        return [[len(micro.ids) for micro in batch] for batch in batches]
 
     def micro_batch(self, rows: int) -> Traffic:
         """Returns the bytes of the training of one micro-batch, without clipping."""
@@ -150,7 +159,7 @@ class StepTraffic:
                 traffic["between_stages_down"] += down
         return traffic
 
-    def _clipping(self) -> Traffic:
+    def clipping(self) -> Traffic:
         """Returns the bytes of the squared norm and of the coefficient of a step."""
         parties = self._parties
         traffic: Traffic = Counter()

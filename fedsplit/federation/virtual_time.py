@@ -11,7 +11,7 @@ from fedsplit.events.event_types import Cause, RoundReplayed
 from fedsplit.formatting import counted, plain_number, virtual_duration
 from fedsplit.model.flops import Flops, flops_of
 from fedsplit.model.parts import Part
-from fedsplit.network.compute import Compute, StatedCompute, Task, read_recorded
+from fedsplit.network.compute import Compute, Operations, StatedCompute, Task, read_recorded
 from fedsplit.network.fleet import read_fleet
 from fedsplit.network.replay import ClientPhase, Field, replay
 from fedsplit.network.times import PLACES, ClientTime, PhaseTime, stragglers_of
@@ -78,7 +78,10 @@ class VirtualTime:
             usable: Clients whose update can be used.
             unavailable: Clients that were asked and not available.
         """
-        phase = self.replay(phases, round, "training")
+        return self.training_of(self.replay(phases, round, "training"), usable, unavailable)
+
+    def training_of(self, phase: PhaseTime, usable: Collection[int], unavailable: Sequence[int]) -> TrainingTime:
+        """Returns the training of a round whose replay is known. For the arguments see `training`."""
         usable_arrivals = {client: phase.arrivals[client] for client in sorted(usable)}
         late = self._late(usable_arrivals)
         surplus = self._surplus({client: at for client, at in usable_arrivals.items() if client not in late})
@@ -297,6 +300,12 @@ def compute_of(config: Config) -> Compute:
     """
     if config.network.compute:
         return read_recorded(config.network.compute)
+    speeds = config.network
+    return StatedCompute(operations_of(config), speeds.client_tflops * 1e12, speeds.trunk_tflops * 1e12)
+
+
+def operations_of(config: Config) -> Operations:
+    """Returns the numbers of operations of a run's parts."""
     parts: dict[str, Part] = {}
 
     @functools.cache
@@ -311,5 +320,4 @@ def compute_of(config: Config) -> Compute:
         found = flops(kind, rows, length)
         return found.forward if direction == "forward" else found.backward
 
-    speeds = config.network
-    return StatedCompute(operations, speeds.client_tflops * 1e12, speeds.trunk_tflops * 1e12)
+    return operations

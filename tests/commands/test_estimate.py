@@ -57,7 +57,7 @@ def test_a_folder_gives_lines_for_people(tiny_models: dict[str, Path], capsys: p
     assert command.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("llama, 3 blocks of width 32, fp32")
-    assert "assumed" in lines and lines[-1].startswith("  - the trunk serves")
+    assert "assumed" in lines and lines[-1].startswith("  - alternatives replay")
 
 
 def test_a_settings_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +86,7 @@ BAD_MODELS: list[tuple[object, str]] = [
     (changed(num_attention_heads=0), "model: "),
     (changed(num_attention_heads=33), "model: "),
     (changed(vocab_size=-1), "model: "),
+    (changed(num_key_value_heads=5), "sizes fit each other"),
     (changed(intermediate_size=0.5), "model: "),
     (changed(max_position_embeddings=True), "max_position_embeddings"),
 ]
@@ -112,6 +113,10 @@ def test_a_model_that_is_none_is_one_line(
         (["--epochs", "2"], "--epochs needs --sequences"),
         (["--sequences", "0"], "--sequences: 0 is not possible"),
         (["--held-out", "many"], "--held-out: many is not possible"),
+        (["--classes", "1", "--data.format", "classification"], "--classes: 1 is not possible"),
+        (["--clients", "2147483647"], "up to 100,000"),
+        (["--rounds", "2147483647"], "up to 100,000"),
+        (["--clients", "5000"], "up to 1,000 clients in a round"),
         (["--classes", "3"], "--classes belongs to"),
         (["--strategy", "nothing"], "strategy: "),
         (["--nonsense", "1"], "there is no flag --nonsense"),
@@ -128,3 +133,22 @@ def test_a_wrong_flag_is_one_line(argv: list[str], words: str, capsys: pytest.Ca
 def test_several_errors_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--network", "moon", "--cut", "1:9", "--held-out", "x"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) >= 3
+
+
+def test_broken_json_is_said_with_the_path_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"a": 1,,}')
+    assert command.main(["--model", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error and "line 1 column 9" in error
+    file.write_text(json.dumps(changed(num_key_value_heads=5)))
+    assert command.main(["--model", str(file), "--cut", "2:30", "--rounds", "1", "--clients", "1"]) == 2
+    assert f"model: {file} (" in capsys.readouterr().err
+
+
+def test_what_will_go_wrong_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--clients", "2", "--rounds", "1", "--trunk.memory", "300MB", "--network", "home"]
+    assert command.main([*argv, "--round-deadline", "0.1", "--wire.gradient-up", "int4"]) == 0
+    said = capsys.readouterr().out
+    assert "mind: --trunk.memory 300MB is less" in said and "mind: no update can arrive" in said
+    assert "codec: by role" in said and "--wire.codec int4 --wire.gradient-up int4" in said

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from fedsplit.estimation.clock import Field
 from fedsplit.estimation.hardware import hardware_named
 from fedsplit.estimation.party_shapes import Parties, Workload
-from fedsplit.estimation.run_cost import Estimate, Field, estimate
-from fedsplit.network.fleet import TrunkLink
-from fedsplit.network.profiles import PROFILES
+from fedsplit.estimation.run_cost import Estimate, estimate
 from fedsplit.settings.documents import build
 
 
@@ -19,11 +18,6 @@ def estimated(
 ) -> Estimate:
     """An estimate by settings, with two underscores for a dot."""
     values = {name.replace("__", "."): value for name, value in settings.items()}
-    field = Field(
-        network,
-        PROFILES[network],
-        TrunkLink(),
-        hardware_named(f"{client_tflops}", ""),
-        hardware_named(f"{trunk_tflops}", ""),
-    )
+    values["network.profile"] = network
+    field = Field(network, hardware_named(f"{client_tflops}", ""), hardware_named(f"{trunk_tflops}", ""))
     return estimate(Parties(build({"train.micro_batches": 1, **values}), workload), field)

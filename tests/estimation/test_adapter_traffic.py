@@ -15,16 +15,16 @@ def test_adapters_go_down_from_the_second_round_on() -> None:
     shapes = parties.adapters(["bottom", "top"]).tensors
     whole = serialised_bytes({name: tensor.new_zeros(tensor.shape, device="cpu") for name, tensor in shapes.items()})
     start, first, second = rounds_of_adapters(parties)
-    assert start.trained == () and start.traffic["evaluation_down"] == 3 * whole
-    assert first.traffic["adapter_up"] == 3 * whole and not first.traffic["adapter_down"]
-    assert second.traffic["adapter_down"] == 3 * whole and second.trained == (0, 1, 2)
+    assert not start.down and start.measured == whole
+    assert sum(first.up.values()) == 3 * whole and not sum(first.down.values())
+    assert second.down == dict.fromkeys(range(3), whole)
 
 
 def test_a_head_of_any_size_is_counted_by_its_shape() -> None:
     """Its values are never made: of a large model they would be gigabytes."""
-    plain = rounds_of_adapters(Parties(build({"clients": 1, "rounds": 1})))[1].traffic["adapter_up"]
+    plain = rounds_of_adapters(Parties(build({"clients": 1, "rounds": 1})))[1].up[0]
     with_head = rounds_of_adapters(Parties(build({"clients": 1, "rounds": 1, "lm_head": "full"})))[1]
-    assert with_head.traffic["adapter_up"] - plain == 1024 * 128 * 4 + 128  # numpy's header has 128 bytes
+    assert with_head.up[0] - plain == 1024 * 128 * 4 + 128  # numpy's header has 128 bytes
 
 
 @pytest.mark.parametrize("strategy", ["rolora", "fedavg"])

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from fedsplit.engines import in_process
+from fedsplit.estimation.crossings import evaluation_sizes, sampled_batches, step_sizes
 from fedsplit.estimation.party_shapes import Parties, Workload
-from fedsplit.estimation.run_traffic import evaluation_sizes, run_traffic, sample_sizes, step_sizes
+from fedsplit.estimation.run_traffic import run_traffic
 from fedsplit.events import Event, Sink
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.strategy import load_strategy
@@ -122,4 +123,4 @@ def test_bytes_are_those_of_a_classifier(tmp_path: Path) -> None:
 def test_a_step_has_the_sequences_that_are_left() -> None:
     parties = Parties(build({"train.epochs": 2, "train.samples": 7}), Workload(sequences=50, held_out=10))
     assert step_sizes(parties) == [4, 3, 4, 3]
-    assert evaluation_sizes(parties) == [4, 4, 2] and sample_sizes(parties) == [4, 4]
+    assert evaluation_sizes(parties) == [4, 4, 2] and [*sampled_batches(parties).values()] == [4, 4]

@@ -37,10 +37,10 @@ SLOW_DEVICE = """
 profile = "home"
 [[clients]]
 clients = [1]
-compute = 0.00001
+compute = 0.0001
 """
 
-SLOW_LINE = SLOW_DEVICE.replace("compute = 0.00001", "rtt_ms = 60000")
+SLOW_LINE = SLOW_DEVICE.replace("compute = 0.0001", "rtt_ms = 60000")
 
 
 class Replays(Sink):

@@ -22,8 +22,8 @@ from fedsplit.settings.flags import read_draft
 if TYPE_CHECKING:
     import argparse
 
-    from fedsplit.estimation.clock import Field
     from fedsplit.estimation.party_shapes import Workload
+    from fedsplit.estimation.phase_clock import Field
 
 _END = "eos_token_id"
 
@@ -232,8 +232,8 @@ def _field_of(flags: argparse.Namespace, config: Config) -> Field:
     Raises:
         InputError: A device is unknown, or the network lists a client that does not exist.
     """
-    from fedsplit.estimation.clock import HOME, Field, with_network
     from fedsplit.estimation.hardware import hardware_named
+    from fedsplit.estimation.phase_clock import HOME, Field, with_network
     from fedsplit.network.compute import read_recorded
     from fedsplit.network.fleet import read_fleet
 

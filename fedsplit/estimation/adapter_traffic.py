@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsplit.estimation.clock import Clock
 from fedsplit.estimation.party_shapes import Parties
+from fedsplit.estimation.phase_clock import Clock
 from fedsplit.estimation.step_traffic import Traffic
 from fedsplit.factors import Adapters, factor_of
 from fedsplit.federation import messages

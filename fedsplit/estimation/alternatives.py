@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedsplit.estimation.clock import Clock, Limits
 from fedsplit.estimation.duration import Seconds, seconds_of
 from fedsplit.estimation.layout import operations
+from fedsplit.estimation.phase_clock import Clock, Limits
 from fedsplit.estimation.run_cost import Estimate, codec_name
 from fedsplit.estimation.step_traffic import StepTraffic
 from fedsplit.network.compute import StatedCompute
@@ -121,7 +121,7 @@ def cuts_of(found: Estimate) -> list[tuple[int, int]]:
     """Returns the cuts that are compared: that of the run, and some that leave both ends as many blocks.
 
     Example:
-        >>> from fedsplit.estimation.clock import Field
+        >>> from fedsplit.estimation.phase_clock import Field
         >>> from fedsplit.estimation.hardware import HARDWARE
         >>> from fedsplit.estimation.party_shapes import Parties
         >>> from fedsplit.estimation.run_cost import estimate

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fedsplit.estimation.adapter_traffic import PLAYED
 from fedsplit.estimation.alternatives import LIMITS, Alternative, flags_of, shown
-from fedsplit.estimation.clock import MOST_CLIENTS
 from fedsplit.estimation.hardware import HARDWARE, Hardware
+from fedsplit.estimation.phase_clock import MOST_CLIENTS
 from fedsplit.estimation.run_cost import Estimate, codec_name
 from fedsplit.estimation.step_traffic import Traffic
 from fedsplit.formatting import aligned, counted, size

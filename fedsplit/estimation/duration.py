@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedsplit.estimation.adapter_traffic import PLAYED, RoundOfAdapters
-from fedsplit.estimation.clock import Clock
+from fedsplit.estimation.phase_clock import Clock
 from fedsplit.federation.evaluation import clients_that_measure, is_due
 from fedsplit.federation.virtual_time import TrainingTime
 from fedsplit.network.times import ClientTime

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fedsplit.estimation.adapter_traffic import RoundOfAdapters, rounds_of_adapters
-from fedsplit.estimation.clock import Clock, Field, compute_on
 from fedsplit.estimation.duration import RoundSeconds, Seconds, rounds_of, seconds_of
 from fedsplit.estimation.layout import Layout, layout_of
 from fedsplit.estimation.party_memory import PartyMemory, client_memory, trunk_memory
 from fedsplit.estimation.party_shapes import Parties
+from fedsplit.estimation.phase_clock import Clock, Field, compute_on
 from fedsplit.estimation.run_traffic import RunTraffic, run_traffic
 from fedsplit.estimation.step_traffic import StepTraffic
 from fedsplit.model.flops import Flops

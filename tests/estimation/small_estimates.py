@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedsplit.estimation.clock import Field
 from fedsplit.estimation.hardware import hardware_named
 from fedsplit.estimation.party_shapes import Parties, Workload
+from fedsplit.estimation.phase_clock import Field
 from fedsplit.estimation.run_cost import Estimate, estimate
 from fedsplit.settings.documents import build
 

@@ -1,4 +1,4 @@
-"""Messages of a client, by hand; test_clock.py compares them with runs."""
+"""Messages of a client, by hand; test_phase_clock.py compares them with runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seconds of rounds; test_clock.py compares them with runs."""
+"""Seconds of rounds; test_phase_clock.py compares them with runs."""
 
 from __future__ import annotations
 

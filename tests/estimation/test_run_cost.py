@@ -34,5 +34,5 @@ def test_what_limits_a_round() -> None:
 def test_accumulation_repeats_a_batch() -> None:
     one, three = estimated(rounds=1), estimated(rounds=1, train__accumulation=3)
     assert three.flops["trunk"].forward == 3 * one.flops["trunk"].forward
-    assert three.seconds.step == 3 * one.seconds.step
+    assert three.seconds.step == pytest.approx(3 * one.seconds.step, rel=0.01)  # each message draws its own jitter
     assert three.memory["trunk"].activations == one.memory["trunk"].activations

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fedsplit.engines import in_process
-from fedsplit.estimation.clock import Clock, Field, Limits, compute_on
 from fedsplit.estimation.hardware import hardware_named
 from fedsplit.estimation.party_shapes import Parties
+from fedsplit.estimation.phase_clock import Clock, Field, Limits, compute_on
 from fedsplit.estimation.run_cost import Estimate, estimate
 from fedsplit.estimation.step_traffic import StepTraffic
 from fedsplit.events import Event, Sink

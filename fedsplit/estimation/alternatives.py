@@ -95,7 +95,7 @@ def _seconds(found: Estimate, counted: StepTraffic, cut: tuple[int, int]) -> Sec
         dtype = config.dtype
         compute = StatedCompute(of_cut, found.field.client.speed(dtype), found.field.trunk.speed(dtype))
     clock = Clock(parties, counted, compute, LIMITS)
-    return seconds_of(config, clock, found.adapters[-1], found.traffic.steps)
+    return seconds_of(config, clock, found.adapters[-1])
 
 
 def flags_of(one: Alternative, config: Config) -> str:

@@ -62,20 +62,24 @@ class Seconds:
         return self.training + self.evaluation
 
 
-def seconds_of(config: Config, clock: Clock, adapters: RoundOfAdapters, steps: int) -> Seconds:
+def seconds_of(config: Config, clock: Clock, adapters: RoundOfAdapters) -> Seconds:
     """Returns the seconds of a step and of the last round.
 
     Args:
         config: Settings of the run.
         clock: The virtual clock.
         adapters: Adapters of the round.
-        steps: Local steps of a client in the round.
     """
     training = clock.training(config.rounds, adapters.down, adapters.up)
     busy = {client: _busy(time) for client, time in training.phase.spent.items()}
     pace = max(busy, key=lambda client: busy[client], default=0)
     alone = clock.alone(pace)
     in_crowd = training.phase.spent.get(pace, alone)
+    # The same round without the others, adapters included.
+    own_down, own_up = (
+        {client: sent[client] for client in busy if client == pace} for sent in (adapters.down, adapters.up)
+    )
+    without_others = clock.training(config.rounds, own_down, own_up).phase.spent.get(pace, alone)
     return Seconds(
         _busy(alone),
         alone.seconds["client_compute"],
@@ -83,7 +87,7 @@ def seconds_of(config: Config, clock: Clock, adapters: RoundOfAdapters, steps: i
         _wire(alone),
         training.seconds,
         clock.evaluation(config.rounds, to_measure(config, adapters)).end,
-        _limit(in_crowd, steps * _wire(alone)),
+        _limit(in_crowd, _wire(without_others)),
     )
 
 
@@ -137,7 +141,7 @@ def _limit(time: ClientTime, wire_alone: float) -> str:
 
     Args:
         time: Where the client's time went among the others.
-        wire_alone: Seconds on the wire of the same steps, of a client that has the trunk for itself.
+        wire_alone: Seconds on the wire of the same round, of a client that has the trunk for itself.
 
     Example:
         >>> time = ClientTime()

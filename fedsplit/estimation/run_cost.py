@@ -132,7 +132,7 @@ def estimate(parties: Parties, field: Field) -> Estimate:
     batches = config.train.accumulation
     flops = {part: cost.times(batches) for part, cost in layout.flops(config.bounds).items()}
     memory = {"client": client_memory(parties), "trunk": trunk_memory(parties)}
-    seconds = seconds_of(config, clock, adapters[-1], traffic.steps)
+    seconds = seconds_of(config, clock, adapters[-1])
     rounds = rounds_of(config, clock, adapters)
     return Estimate(parties, field, memory, traffic, flops, layout, seconds, rounds, clock, adapters)
 

@@ -18,3 +18,8 @@ def test_the_run_is_the_sum_of_its_rounds() -> None:
 def test_evaluation_shares_the_trunk() -> None:
     one, many = (estimated(network="lan", rounds=1, clients=count, train__steps=1) for count in (1, 40))
     assert many.seconds.evaluation > 4 * one.seconds.evaluation
+
+
+def test_adapters_on_the_way_are_no_crowd() -> None:
+    """Of a round with few steps, adapters are most of the bytes; two clients do not fill a line of a gigabit."""
+    assert estimated(clients=2, rounds=2, train__steps=1, train__max_length=16).seconds.limit == "wire"

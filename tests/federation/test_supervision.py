@@ -20,7 +20,7 @@ from fedsplit.events.event_types import ClientFailed, ClientLost, RoundDiscarded
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.federation import Federation
 from fedsplit.federation.messages import CLIENT_LOST, Answer, Evaluate, Failure, Request, Train
-from fedsplit.settings.choices import CODECS
+from fedsplit.settings.choices import CODECS, CodecEntry
 from fedsplit.trunk import local
 
 CASES = ("shared", "folds", "control", "personal", "flower", "exact", "adaptive", "stages", "replicas")
@@ -69,7 +69,7 @@ class Scene:
         out = self._folder / f"run-{next(self._count)}"
         MortalTrunk.reset(set(deaths or ()))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(CODECS, "top-k", "top_k:TopK")
+            patch.setitem(CODECS, "top-k", CodecEntry("top_k:TopK"))
             patch.setattr(local, "LocalTrunk", MortalTrunk)
             config, strategy = config_of(self._case, self._model, self._corpus, **settings)
             federation, lines = federate(config, out, strategy, patch, spoil)

@@ -13,7 +13,6 @@ Adapters are not sent.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,24 +188,6 @@ def _play(number: int, address: Address, micro_batches: int) -> None:
 
 class Sites(Hosts):
     """The trunk's host, and a host for each client, joined by links with latency and bandwidth. No Ray runs."""
-
-    def __init__(self, count: int, scratch: Path, mbps: float) -> None:
-        """Makes the hosts; `mbps` is the bandwidth of each host's way out in Mbit/s."""
-        super().__init__(count, scratch)
-        self._mbps = mbps
-
-    @contextlib.contextmanager
-    def _links(self, delay: float) -> Iterator[None]:
-        command = [sys.executable, "-m", "experiments.scale.links", "--delay", str(delay), "--mbps", str(self._mbps)]
-        carrier = subprocess.Popen([*command, *self.names], stdout=subprocess.PIPE, text=True)
-        try:
-            assert carrier.stdout is not None
-            if carrier.stdout.readline() != "ready\n":
-                raise RuntimeError("the links between the hosts could not be made")
-            yield
-        finally:
-            carrier.kill()
-            carrier.wait()
 
     def _start_ray(self, number: int) -> None:
         """Starts nothing."""

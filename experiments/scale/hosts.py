@@ -71,13 +71,15 @@ class Hosts:
         names: Names of the namespaces.
     """
 
-    def __init__(self, count: int, scratch: Path) -> None:
+    def __init__(self, count: int, scratch: Path, mbps: float = 0.0) -> None:
         """Makes the namespaces; the first one has the head of the cluster.
 
         Args:
             count: Number of hosts.
             scratch: Folder for the temporary files of all hosts.
+            mbps: Bandwidth of each host's way out, in Mbit/s; 0 for no limit.
         """
+        self._mbps = mbps
         self.names = [f"fedsplit-host{number}" for number in range(1, count + 1)]
         self._scratch = scratch
 
@@ -118,8 +120,8 @@ class Hosts:
     @contextlib.contextmanager
     def _links(self, delay: float) -> Iterator[None]:
         """Joins the hosts by links with latency, for as long as the context lasts."""
-        command = [sys.executable, "-m", "experiments.scale.links", "--delay", str(delay), *self.names]
-        carrier = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "experiments.scale.links", "--delay", str(delay), "--mbps", str(self._mbps)]
+        carrier = subprocess.Popen([*command, *self.names], stdout=subprocess.PIPE, text=True)
         try:
             assert carrier.stdout is not None
             if carrier.stdout.readline() != "ready\n":

@@ -178,7 +178,8 @@ def test_the_data_go_with_the_last_process_of_the_node_and_the_state_stays(tmp_p
         assert shard_file(tmp_path / "node", 0).read_bytes() == b"text"
         process.kill()
     until = time.monotonic() + 20
-    while shard_file(tmp_path / "node", 0).exists() and time.monotonic() < until:
+    data = shard_file(tmp_path / "node", 0).parent
+    while data.exists() and time.monotonic() < until:
         time.sleep(0.02)
-    assert not shard_file(tmp_path / "node", 0).parent.exists()
+    assert not data.exists()
     assert (tmp_path / "node" / "0000").is_dir()

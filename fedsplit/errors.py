@@ -240,3 +240,15 @@ def kind_of(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__qualname__}"
     return f"an object of type {type(value).__name__}"
+
+
+def described(value: object) -> str:
+    """Returns the type of a value in words, for messages; a text, a number or None is shown as it is.
+
+    Example:
+        >>> described("ann"), described(None), described(["ann"])
+        ("'ann'", 'None', 'an object of type list')
+    """
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)
+    return kind_of(value)

@@ -10,22 +10,22 @@ from __future__ import annotations
 import contextlib
 import inspect
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.errors import ErrorCollector, SettingError, first_line, kind_of
+from fedsplit.corpora.given import FORMS, as_dataset
+from fedsplit.errors import ErrorCollector, SettingError, described, first_line
 from fedsplit.federation.checkpoint import INPUTS, check_folder
 from fedsplit.federation.strategy import FlowerLike, Strategy
 from fedsplit.loading import OBJECT, builtin_package
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MODELS = "a name, a folder, or a loaded transformers PreTrainedModel together with its tokenizer"
 
-_DATA = "a name, a file, a folder, a datasets.Dataset or DatasetDict, or a dict of lists of texts by client"
+_DATA = f"a name, a file, a folder, {FORMS}"
 
 _STRATEGIES = "a name, an object with the methods init and aggregate, or a strategy of Flower's"
 
@@ -74,7 +74,7 @@ init and aggregate, or a strategy of Flower's
     if strategy is None:
         return
     if inspect.isclass(strategy) or not isinstance(strategy, Strategy | FlowerLike):
-        raise SettingError("strategy", _described(strategy), _STRATEGIES)
+        raise SettingError("strategy", described(strategy), _STRATEGIES)
 
 
 def check_objects(model: object = None, dataset: object = None) -> None:
@@ -87,7 +87,8 @@ def check_objects(model: object = None, dataset: object = None) -> None:
         >>> check_objects(dataset={"ann": "one text"})
         Traceback (most recent call last):
         fedsplit.errors.SettingError: dataset: 'one text' for the client 'ann' is not possible; allowed: a name, a \
-file, a folder, a datasets.Dataset or DatasetDict, or a dict of lists of texts by client
+file, a folder, a datasets.Dataset or DatasetDict, a dict of lists of texts by client, or a list of dicts of values \
+by column
     """
     collector = ErrorCollector()
     with collector.collecting():
@@ -95,7 +96,7 @@ file, a folder, a datasets.Dataset or DatasetDict, or a dict of lists of texts b
             _model_and_tokenizer(model)
     with collector.collecting():
         if dataset is not None:
-            _as_dataset(dataset)
+            as_dataset(dataset, _DATA)
     collector.check()
 
 
@@ -170,7 +171,7 @@ def _write_model(folder: Path, given: object) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the library raises many types: for a model on the meta device, for a full disk, …
         words = f"a model that save_pretrained can write ({first_line(error)})"
-        raise SettingError("model", _described(model), words) from error
+        raise SettingError("model", described(model), words) from error
 
 
 def _model_and_tokenizer(given: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -183,13 +184,13 @@ def _model_and_tokenizer(given: object) -> tuple[PreTrainedModel, PreTrainedToke
 
     model, tokenizer = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(model, PreTrainedModel):
-        raise SettingError("model", _described(model), _MODELS)
+        raise SettingError("model", described(model), _MODELS)
     if getattr(model, "_hf_peft_config_loaded", False):  # `save_pretrained` would write the adapter alone
         words = "a model without an adapter; a run starts from a PEFT adapter's folder by init_adapter"
-        raise SettingError("model", f"{_described(model)} with an adapter", words)
+        raise SettingError("model", f"{described(model)} with an adapter", words)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        what = "no tokenizer" if tokenizer is None else _described(tokenizer)
-        raise SettingError("model", f"{_described(model)} with {what}", _MODELS)
+        what = "no tokenizer" if tokenizer is None else described(tokenizer)
+        raise SettingError("model", f"{described(model)} with {what}", _MODELS)
     return model, tokenizer
 
 
@@ -201,54 +202,10 @@ def _write_dataset(folder: Path, given: object) -> None:
     """
     import datasets
 
-    dataset = _as_dataset(given)
+    dataset = as_dataset(given, _DATA)
     datasets.disable_progress_bars()
     try:
         dataset.with_format(None).save_to_disk(str(folder))
     except Exception as error:  # the library raises many types: for a column of odd objects, for a full disk, …
         words = f"what save_to_disk can write ({first_line(error)})"
-        raise SettingError("dataset", _described(given), words) from error
-
-
-def _as_dataset(given: object) -> Dataset | DatasetDict:
-    """Returns an object as a data set of the library `datasets`.
-
-    Raises:
-        SettingError: The object has a type that cannot be written.
-    """
-    import datasets
-
-    if isinstance(given, Mapping) and not isinstance(given, datasets.DatasetDict):
-        given = datasets.Dataset.from_dict(_columns_by_client(given))
-    if not isinstance(given, datasets.Dataset | datasets.DatasetDict):
-        raise SettingError("dataset", _described(given), _DATA)
-    splits = given.values() if isinstance(given, datasets.DatasetDict) else [given]
-    if any(split.format["type"] == "custom" for split in splits):  # files cannot hold the transform's code
-        raise SettingError("dataset", "one with a transform", f"{_DATA}; map() applies a transform for good")
-    return given
-
-
-def _columns_by_client(texts: Mapping[Any, Any]) -> dict[str, list[str]]:
-    """Converts texts by client to the columns `text` and `owner`.
-
-    Raises:
-        SettingError: A client's name is no text, a client's value is no list of texts, or there is no text.
-    """
-    columns: dict[str, list[str]] = {"text": [], "owner": []}
-    for client, texts_of_client in texts.items():
-        is_list = isinstance(texts_of_client, list | tuple)
-        is_list_of_texts = is_list and all(isinstance(text, str) for text in texts_of_client)
-        if not isinstance(client, str) or not is_list_of_texts:
-            raise SettingError("dataset", f"{_described(texts_of_client)} for the client {client!r}", _DATA)
-        columns["text"] += texts_of_client
-        columns["owner"] += [client] * len(texts_of_client)
-    if not columns["text"]:
-        raise SettingError("dataset", "a dict without a text", _DATA)
-    return columns
-
-
-def _described(value: object) -> str:
-    """Returns an object's type in words; a text, a number or None is shown as it is."""
-    if value is None or isinstance(value, str | int | float):
-        return repr(value)
-    return kind_of(value)
+        raise SettingError("dataset", described(given), words) from error

@@ -71,7 +71,7 @@ ROOF = {"__main__", "api", "call", "inputs", "result", *DOORS}
 HOMES = {
     "accelerate": {"model.device_map", "tracking.trackers"},
     "bitsandbytes": {"optimization.optim", "model.quantization"},
-    "datasets": {"corpora.datasets_library", "corpora.partitioners", "inputs"},
+    "datasets": {"corpora.datasets_library", "corpora.given", "corpora.loaders", "corpora.partitioners", "inputs"},
     "flwr": {
         "federation.records",
         "federation.flower_strategy",

@@ -116,7 +116,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tiny_models: dict
     transformed = datasets.Dataset.from_dict(ROWS).with_transform(lambda rows: rows)
     texts = {
         "Unpicklable": Unpicklable(),
-        "list": ["one"],
+        "'one' as row 0": ["one"],
         "'one' for the client 'ann'": {"ann": "one"},
         "list for the client 3": {3: ["one"]},
         "a dict without a text": {"ann": []},

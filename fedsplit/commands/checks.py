@@ -6,9 +6,9 @@ Checks that concern one module only are `check_` functions in that module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from fedsplit.adaptation.methods import ADAPTER_METHODS
+from fedsplit.corpora.loaders import path_of
 from fedsplit.errors import SettingError, check_all
 from fedsplit.settings.choices import PARTS
 from fedsplit.settings.config import Config
@@ -296,6 +296,7 @@ def _wrong_places(config: Config) -> Iterator[SettingError]:
         yield SettingError("data.at", "label", "driver | shared without a cluster of several nodes (--ray.address)")
     # A relative path would mean a different folder in the process of each node. Names of data sets are no paths.
     for name, value in (("dataset", config.dataset), ("data.held_out", config.data.held_out)):
-        is_path = bool(value) and Path(value).exists()
-        if is_path and not Path(value).is_absolute():
+        path = path_of(value)
+        is_path = bool(value) and path.exists()
+        if is_path and not path.is_absolute():
             yield SettingError(name, value, "an absolute path with --data.at label: each node reads the data by itself")

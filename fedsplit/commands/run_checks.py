@@ -208,6 +208,10 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
         with watchdog.guarding(_USERS_CODE):
             check_sinks(config.sinks, config.sink_options)
 
+    def check_data_set() -> None:
+        with watchdog.guarding(_USERS_CODE):  # `module:load` imports the user's module
+            check_dataset(config.dataset, config.data)
+
     about_settings: list[Callable[[], object]] = [
         lambda: checks.check_prompt(config),
         lambda: checks.check_training(config),
@@ -226,7 +230,7 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
         ]
     about_settings += [
         lambda: check_packing(config.data),
-        lambda: check_dataset(config.dataset, config.data),
+        check_data_set,
         lambda: check_devices(config),
         lambda: _check_run_folder(config),
         lambda: check_optimizer(config.train),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsplit.corpora.tables import Table
+from fedsplit.corpora.data_table import Table
 from fedsplit.errors import SettingError
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedsplit.corpora.chats import check_answers, check_chat, read_answer, read_chat
 from fedsplit.corpora.classes import numbers_of
+from fedsplit.corpora.data_table import Table
 from fedsplit.corpora.instructions import (
     CONVERSATIONS,
     as_messages,
@@ -20,7 +21,6 @@ from fedsplit.corpora.instructions import (
     prompt_of,
 )
 from fedsplit.corpora.sequences import Row
-from fedsplit.corpora.tables import Table
 from fedsplit.errors import SettingError
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.vocabulary import TextTokenizer, is_text, open_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedsplit.corpora.data_table import Table
 from fedsplit.corpora.formats import Reading
 from fedsplit.corpora.sequences import Sequences, stack
 from fedsplit.corpora.sharding import (
@@ -16,7 +17,7 @@ from fedsplit.corpora.sharding import (
     too_few_owners,
 )
 from fedsplit.corpora.shards import Shard
-from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
+from fedsplit.corpora.tables import MADE, read_held_out, read_table
 from fedsplit.errors import SettingError
 from fedsplit.model.facts import read_facts
 from fedsplit.model.sources import config_folder

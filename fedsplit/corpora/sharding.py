@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 
 from fedsplit.corpora.classes import classes_of
+from fedsplit.corpora.data_table import Table
 from fedsplit.corpora.formats import Reading, Texts, format_of, read_rows
 from fedsplit.corpora.packing import Fitted, by_source, fit, joined
 from fedsplit.corpora.partitioners import divide
 from fedsplit.corpora.sequences import Row, stack
 from fedsplit.corpora.shards import Shard
-from fedsplit.corpora.tables import Table, check_packing
+from fedsplit.corpora.tables import check_packing
 from fedsplit.errors import SettingError, first_line
 from fedsplit.model.facts import read_pad
 from fedsplit.settings.choices import PAIRS

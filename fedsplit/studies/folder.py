@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedsplit.corpora.loaders import path_of
 from fedsplit.durable import open_here, writing
 from fedsplit.errors import InputError, SettingError
 from fedsplit.events.versions import versions
@@ -61,7 +62,7 @@ def digest_of(config: Config) -> str:
     for table in OPTIONS.values():
         if table not in NO_RESULT_DEPENDS_ON:
             document |= {f"{table}.{key}": value for key, value in getattr(config, table).items()}
-    files = {**code_of(config), "dataset": Path(config.dataset), "data.held_out": Path(config.data.held_out)}
+    files = {**code_of(config), "dataset": path_of(config.dataset), "data.held_out": Path(config.data.held_out)}
     for name, path in files.items():
         if path.is_file():
             document[f"content of {name}"] = _digest_of_file(path)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedsplit.corpora.classes import classes_of, numbers_of
-from fedsplit.corpora.tables import Table
+from fedsplit.corpora.data_table import Table
 from fedsplit.errors import SettingError
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from fedsplit.corpora.data_table import Table
 from fedsplit.corpora.formats import Reading, format_of, read_rows
 from fedsplit.corpora.instructions import prompt_of
 from fedsplit.corpora.packing import fit
-from fedsplit.corpora.tables import Table
 from fedsplit.errors import SettingError
 from fedsplit.model.kernels import IGNORED
 from fedsplit.settings.sections import DataSettings

@@ -170,7 +170,7 @@ HOMES = {
 MODULES = {
     ".".join(path.with_suffix("").parts[1:]): path
     for path in sorted(Path("fedsplit").rglob("*.py"))
-    if path.stem != "__init__"
+    if path.stem != "__init__" and "project_template" not in path.parts  # a project of its own, to be copied
 }
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "network": "show networks, make them from device traces, and record compute times",
     "estimate": "estimate bytes, memory and seconds of a run from a config.json, without weights",
     "check": "put a strategy, an objective or a metric of your own to its contract",
+    "new": "make a project with a strategy, an objective and data of your own",
     "prove": "compare a small copy of a model, cut at every place, with the same copy uncut",
     "completion": "print a script that completes flags in bash or zsh",
 }

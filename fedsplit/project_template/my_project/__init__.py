@@ -1,0 +1,1 @@
+"""A federation with an aggregation, a loss and data of its own."""

@@ -124,7 +124,7 @@ def test_clients_count_what_the_server_expects(
     shards = partition_of(config).shards
     assert all(len(shard.train) % 2 == 0 for shard in shards)
     assert events(tmp_path / "run", "evaluate")[-1]["tokens"] == sum(
-        work.held_out for work in workloads(config, shards)
+        work.held_out for work in workloads(config, [shard.size for shard in shards])
     )
 
 

@@ -106,7 +106,7 @@ def run(
             # The folder of the run is made here, after everything that can be wrong at the start.
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(partition))
-            work = workloads(config, partition.shards)
+            work = workloads(config, [shard.size for shard in partition.shards])
             job = Job(config, strategy, work, results, emit, started, watchdog)
             federation = Federation(job, session, session.plan.client_threads)
             with on_disks(results.clients, partition.shards):

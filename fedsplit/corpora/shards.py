@@ -29,6 +29,21 @@ Rows = TypeVar("Rows", Tensor, Sequences)
 
 
 @dataclass(frozen=True)
+class DataSize:
+    """Size of a client's data.
+
+    Attributes:
+        train: Number of sequences to train on.
+        held_out: Number of sequences never trained on.
+        classes: Number of classes, under classification; 0 if tokens are predicted.
+    """
+
+    train: int = 0
+    held_out: int = 0
+    classes: int = 0
+
+
+@dataclass(frozen=True)
 class Shard:
     """The data of one client.
 
@@ -45,6 +60,11 @@ class Shard:
     held_out: Sequences
     shares: Mapping[str, int] = field(default_factory=dict)
     classes: int = 0
+
+    @property
+    def size(self) -> DataSize:
+        """Numbers of sequences and classes."""
+        return DataSize(len(self.train), len(self.held_out), self.classes)
 
 
 def _tensors(rows: Sequences) -> dict[str, Tensor]:

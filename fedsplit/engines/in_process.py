@@ -312,7 +312,8 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         watchdog = Watchdog(config.timeout)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks], watchdog=watchdog)
-        job = Job(config, strategy, workloads(config, shards), folder, emit, started, watchdog)
+        work = workloads(config, [shard.size for shard in shards])
+        job = Job(config, strategy, work, folder, emit, started, watchdog)
         federation = Federation(job, session, threads=1)
         with emit, on_disks(folder.clients, shards):
             session.play(federation)

@@ -284,7 +284,7 @@ def _introduce(visit: _Visit, request: Introduce) -> Reply:
     start: dict[str, Adapters] = {}
     if client.number == 0 or request.wants_start:
         start = {str(part.kind): lora.read(part) for part in (site.bottom, site.top)}
-    return introduce(Introduction(client.number, client.shard.name, parameters, start))
+    return introduce(Introduction(client.number, client.shard.name, parameters, start, client.shard.size))
 
 
 def _train(visit: _Visit, request: Train) -> Reply:

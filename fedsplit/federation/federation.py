@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsplit.corpora.shards import DataSize
 from fedsplit.events.emitter import Emit
 from fedsplit.events.event_types import Notice, Progress, RoundEnded, RunEnded, RunStarted
 from fedsplit.events.provenance import provenance
@@ -32,7 +33,7 @@ from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.supervision import GivenUp, Supervisor
 from fedsplit.federation.virtual_time import VirtualTime, VirtualTotals, round_event
-from fedsplit.federation.workload import Workload
+from fedsplit.federation.workload import Workload, workloads
 from fedsplit.objects import Objects
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document
@@ -53,7 +54,8 @@ class Job:
     Attributes:
         config: Configuration of the run.
         strategy: Strategy of ours or of Flower's.
-        workloads: Bounds of the counts that clients may report, by client.
+        workloads: Bounds of the counts that clients may report, by client; None where the server does not know the
+            clients' data, and the bounds come from the clients' introductions.
         folder: Folder of the run, with the checkpoint of a resumed run.
         emit: Reports the events of the run.
         started: Start of the command, by `time.perf_counter`.
@@ -62,7 +64,7 @@ class Job:
 
     config: Config
     strategy: Any
-    workloads: Sequence[Workload]
+    workloads: Sequence[Workload] | None
     folder: RunFolder
     emit: Emit
     started: float
@@ -96,6 +98,7 @@ class Federation:
         self.watchdog = job.watchdog
         self.summary: dict[str, Any] | None = None
         self._virtual: VirtualTime | None = None
+        self._workloads = list(job.workloads or ())
 
     @property
     def disks(self) -> Path:
@@ -169,7 +172,7 @@ class Federation:
             briefing,
             self._trunk,
             clients,
-            job.workloads,
+            self._workloads,
             self._aggregation,
             job.folder,
             job.emit,
@@ -210,6 +213,10 @@ class Federation:
         first = present[0] if has_start(present[0]) else self._ask_for_start(clients, parties.briefing, present)
         for client, reason in absent.items():
             parties.report_failure("loading", 0, 0, client, reason)
+        if self._job.workloads is None:
+            sizes = {introduction.client: introduction.data for introduction in present}
+            nothing = DataSize()
+            self._workloads[:] = workloads(self._config, [sizes.get(client, nothing) for client in range(count)])
 
         trunk = self._trunk.read()
         parts: dict[str, Adapters] = {"trunk": trunk, **first.start}

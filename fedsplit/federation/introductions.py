@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsplit.corpora.shards import DataSize
 from fedsplit.errors import printable
 from fedsplit.federation import messages
 from fedsplit.federation.messages import Reply
@@ -37,12 +38,14 @@ class Introduction:
         name: Owner of the client's data.
         parameters: Counts of parameters by part: {"bottom": {"total": …, "trainable": …}, "top": …}.
         start: Adapters that training starts from, by part. Only the first client has any.
+        data: Size of the client's data, as the client reports it.
     """
 
     client: int
     name: str
     parameters: Mapping[str, Any]
     start: Mapping[str, Adapters]
+    data: DataSize = dataclasses.field(default_factory=DataSize)
 
 
 def about_of(introduced: Introduction) -> str:
@@ -51,6 +54,7 @@ def about_of(introduced: Introduction) -> str:
         "client": introduced.client,
         "name": introduced.name,
         "parameters": introduced.parameters,
+        "data": dataclasses.asdict(introduced.data),
     }
     for part, adapters in introduced.start.items():
         about[part] = {layer: dataclasses.asdict(facts) for layer, facts in adapters.layers.items()}
@@ -98,8 +102,8 @@ def _parsed(reply: Reply) -> Introduction:
     for part, tensors in reply.tensors.items():
         layers = about.pop(part)  # `pop`, so that only the common keys are left below
         start[part] = _start_of(part, layers, tensors)
-    if about.keys() != {"client", "name", "parameters"}:
-        raise ValueError(f"it has {', '.join(map(str, sorted(about)))[:80]}, not client, name and parameters")
+    if about.keys() != {"client", "name", "parameters", "data"}:
+        raise ValueError(f"it has {', '.join(map(str, sorted(about)))[:80]}, not client, name, parameters and data")
 
     client = about["client"]
     name = about["name"]
@@ -108,7 +112,21 @@ def _parsed(reply: Reply) -> Introduction:
         raise TypeError("its client is no number")
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         raise TypeError(f"its name is no text of 1 to {LONGEST_NAME} characters")
-    return Introduction(client, printable(name), _counts_of(about["parameters"]), start)
+    return Introduction(client, printable(name), _counts_of(about["parameters"]), start, _size_of(about["data"]))
+
+
+def _size_of(data: Any) -> DataSize:
+    """Checks the size of a client's data.
+
+    Raises:
+        TypeError: The value has another form.
+    """
+    names = {field.name for field in dataclasses.fields(DataSize)}
+    if not isinstance(data, dict) or data.keys() != names:
+        raise TypeError("the size of its data is not told by train, held_out and classes")
+    if not all(type(count) is int and 0 <= count < LARGEST_COUNT for count in data.values()):
+        raise TypeError("the size of its data is not told in numbers from 0")
+    return DataSize(**data)
 
 
 def _counts_of(parameters: Any) -> Mapping[str, Mapping[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedsplit.corpora.shards import Shard, steps_of_epoch
+from fedsplit.corpora.shards import DataSize, steps_of_epoch
 from fedsplit.model.facts import read_facts
 from fedsplit.model.sources import config_folder
 from fedsplit.settings.choices import PAIRS
@@ -33,31 +33,31 @@ class Workload:
     routers: bool = False
 
 
-def workloads(config: Config, shards: Iterable[Shard]) -> list[Workload]:
+def workloads(config: Config, sizes: Iterable[DataSize]) -> list[Workload]:
     """Returns the workload of each client.
 
     Args:
         config: Configuration of the run.
-        shards: Data by client. Only numbers of sequences are used.
+        sizes: Size of the data by client.
     """
     routers = bool(read_facts(config_folder(config.model)).coefficient(config.router_aux_loss))
-    return [_workload(config, shard, routers) for shard in shards]
+    return [_workload(config, size, routers) for size in sizes]
 
 
-def _workload(config: Config, shard: Shard, routers: bool) -> Workload:
+def _workload(config: Config, data: DataSize, routers: bool) -> Workload:
     train = config.train
     size = train.batch_size
     steps = train.steps
     examples = steps * size * train.accumulation
     if train.epochs:
-        available = len(shard.train)
+        available = data.train
         in_epoch = min(available, train.samples) if train.samples else available
         steps = train.epochs * steps_of_epoch(in_epoch, size * train.accumulation)
         examples = train.epochs * in_epoch
 
-    held_out = min(len(shard.held_out), config.eval.samples)
+    held_out = min(data.held_out, config.eval.samples)
     sample = min(held_out, -(-config.eval.after // size) * size)  # whole batches are drawn
-    predictions = 1 if shard.classes else train.max_length - 1  # the first token of a sequence is not predicted
+    predictions = 1 if data.classes else train.max_length - 1  # the first token of a sequence is not predicted
     tokens = examples * train.max_length
     if config.data.format == PAIRS:
         return Workload(examples, tokens, held_out // 2, sample // 2, steps, routers)  # a score counts pairs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -12,18 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsplit.corpora.shards import DataSize
 from fedsplit.federation.introductions import Introduction, introduce, read_introduction
 from fedsplit.federation.messages import ADAPTERS
 from fedsplit.updates import Adapters, Layer, RefusedUpdate
 
 START = Adapters({"l.lora_A.weight": torch.randn(2, 3), "l.lora_B.weight": torch.randn(4, 2)}, {"l": Layer(2.0, True)})
 COUNTS = {"bottom": {"total": 9, "trainable": 2}}
+SIZE = DataSize(train=12, held_out=3, classes=2)
+FACTS = asdict(SIZE)
+LAYERS = {"l": asdict(START.layers["l"])}
 
 
 def test_introductions_come_back() -> None:
-    introduced = Introduction(4, "Ann", COUNTS, {"top": START})
+    introduced = Introduction(4, "Ann", COUNTS, {"top": START}, SIZE)
     back = read_introduction(introduce(introduced))
-    assert (back.client, back.name, back.parameters) == (4, "Ann", COUNTS)
+    assert (back.client, back.name, back.parameters, back.data) == (4, "Ann", COUNTS, SIZE)
     assert list(back.start) == ["top"]
     assert back.start["top"].layers == START.layers
     assert all(torch.equal(tensor, back.start["top"].tensors[name]) for name, tensor in START.tensors.items())
@@ -37,12 +41,16 @@ def test_introductions_come_back() -> None:
         "{",
         "[]",
         "[" * 100_000,
-        json.dumps({"client": [4], "parameters": {}, "name": "Ann", "top": {}}),
-        json.dumps({"client": True, "parameters": {}, "name": "Ann", "top": {}}),
-        json.dumps({"client": 4, "parameters": 3, "name": "Ann", "top": {}}),
-        json.dumps({"client": 4, "parameters": {}, "top": {}}),
-        json.dumps({"client": 4, "parameters": {}, "name": "Ann"}),  # nothing of the top's layers
-        json.dumps({"client": 4, "parameters": {}, "name": "Ann", "top": {"l": {"size": 3}}}),
+        json.dumps({"client": [4], "parameters": {}, "name": "Ann", "top": {}, "data": FACTS}),
+        json.dumps({"client": True, "parameters": {}, "name": "Ann", "top": {}, "data": FACTS}),
+        json.dumps({"client": 4, "parameters": 3, "name": "Ann", "top": {}, "data": FACTS}),
+        json.dumps({"client": 4, "parameters": {}, "top": {}, "data": FACTS}),
+        json.dumps({"client": 4, "parameters": {}, "name": "Ann", "data": FACTS}),  # nothing of the top's layers
+        json.dumps({"client": 4, "parameters": {}, "name": "Ann", "top": {"l": {"size": 3}}, "data": FACTS}),
+        json.dumps({"client": 4, "parameters": {}, "name": "Ann", "top": LAYERS}),  # nothing of the data
+        json.dumps({"client": 4, "parameters": {}, "name": "Ann", "top": LAYERS, "data": {**FACTS, "train": -1}}),
+        json.dumps({"client": 4, "parameters": {}, "name": "Ann", "top": LAYERS, "data": {**FACTS, "train": True}}),
+        json.dumps({"client": 4, "parameters": {}, "name": "Ann", "top": LAYERS, "data": {"train": 3}}),
     ],
     ids=lambda about: about[:80],
 )
@@ -72,6 +80,9 @@ PLACES = (
     ("parameters", "bottom"),
     ("parameters", "bottom", "total"),
     ("parameters", "bottom", "more"),
+    ("data",),
+    ("data", "train"),
+    ("data", "more"),
     ("top",),
     ("top", "l"),
     ("top", "x"),
@@ -86,7 +97,7 @@ PLACES = (
 def test_whatever_an_introduction_says_it_is_one_or_is_refused(
     place: tuple[str, ...], value: Any, removed: bool
 ) -> None:
-    good = introduce(Introduction(4, "Ann", COUNTS, {"top": START}))
+    good = introduce(Introduction(4, "Ann", COUNTS, {"top": START}, SIZE))
     about = json.loads(good.about)
     owner = about
     for name in place[:-1]:
@@ -103,6 +114,9 @@ def test_whatever_an_introduction_says_it_is_one_or_is_refused(
         return
     assert found.client == 4 and found.name.isprintable() and len(found.name) <= 4096
     assert all(type(count) is int for counts in found.parameters.values() for count in counts.values())
+    assert all(
+        type(count) is int and count >= 0 for count in (found.data.train, found.data.held_out, found.data.classes)
+    )
     for adapters in found.start.values():
         for layer in adapters.layers:
             if layer in adapters.complete:
@@ -122,7 +136,7 @@ def test_whatever_an_introduction_says_it_is_one_or_is_refused(
     ids=["nan", "float64", "ranks", "dimensions", "text", "another part"],
 )
 def test_an_introduction_with_a_start_that_cannot_be_is_refused(tensors: dict[str, Any]) -> None:
-    good = introduce(Introduction(4, "Ann", COUNTS, {"top": START}))
+    good = introduce(Introduction(4, "Ann", COUNTS, {"top": START}, SIZE))
     with pytest.raises(RefusedUpdate, match=r"^client 4 introduced itself in a wrong form: "):
         read_introduction(replace(good, tensors=tensors))
 

@@ -58,7 +58,7 @@ def test_examples_are_those_of_steps_or_of_passes(
     config = config_of(tiny_models["gpt2"], tmp_path, **settings)
     shards = partition_of(config).shards
     expected = examples or [config.train.epochs * len(shard.train) for shard in shards]
-    found = workloads(config, shards)
+    found = workloads(config, [shard.size for shard in shards])
     assert [work.examples for work in found] == expected
     assert [work.tokens for work in found] == [32 * count for count in expected]
 
@@ -70,10 +70,10 @@ def test_predictions_are_those_of_the_sequences_that_are_evaluated(
     config = config_of(tiny_models["gpt2"], tmp_path)
     (shard, _) = partition_of(config).shards
     shard = replace(shard, held_out=shard.train[[0] * 5])
-    assert workloads(config, [shard]) == [Workload(4, 4 * 32, 3 * 31, 2 * 31, 2)]
-    assert workloads(config, [replace(shard, classes=2)]) == [Workload(4, 4 * 32, 3, 2, 2)]
+    assert workloads(config, [shard.size]) == [Workload(4, 4 * 32, 3 * 31, 2 * 31, 2)]
+    assert workloads(config, [replace(shard, classes=2).size]) == [Workload(4, 4 * 32, 3, 2, 2)]
     none = replace(config, eval=replace(config.eval, samples=9, after=0))
-    assert workloads(none, [shard]) == [Workload(4, 4 * 32, 5 * 31, 0, 2)]
+    assert workloads(none, [shard.size]) == [Workload(4, 4 * 32, 5 * 31, 0, 2)]
 
 
 @pytest.mark.parametrize(

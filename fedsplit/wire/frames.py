@@ -59,13 +59,13 @@ class TrunkFailed(Exception):
     """The trunk could not serve a packet, for a reason that is no refusal. The message is the trunk's message."""
 
 
-def _error_named(name: str) -> type[Exception]:
+def error_named(name: str) -> type[Exception]:
     """Returns the refusal with a name, or `TrunkFailed` for any other name.
 
     Only refusals and `Unanswered` are looked up: a name from the wire must not choose any class of the program.
 
     Example:
-        >>> _error_named("StaleStep").__name__, _error_named("SystemExit").__name__
+        >>> error_named("StaleStep").__name__, error_named("SystemExit").__name__
         ('StaleStep', 'TrunkFailed')
     """
     refusals: list[type[Exception]] = [Unanswered, *RefusedStep.__subclasses__()]
@@ -259,7 +259,7 @@ def reading(largest: int | None = None) -> Reading[tuple[int, Packet | Exception
     yield memoryview(text)
     header = json.loads(text)
     if "error" in header:
-        return number, _error_named(header["error"])(str(header["words"]))
+        return number, error_named(header["error"])(str(header["words"]))
 
     forms = {name: _forms(tensor["arrays"]) for name, tensor in header["tensors"].items()}
     nbytes = sum(form.nbytes for arrays in forms.values() for form in arrays.values())

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import prepare
@@ -19,6 +19,8 @@ from fedsplit.settings.config import Config
 if TYPE_CHECKING:
     from fedsplit.trunk.served import ServedTrunk
     from fedsplit.wire.grpc_server import GrpcServer
+
+_never = threading.Event()
 
 PORT = 50052
 """Default port."""
@@ -45,7 +47,9 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--run", metavar="CONFIG.toml", type=Path, required=True, help="settings of the runs")
-    parser.add_argument("--host", metavar="HOST", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument(
+        "--host", metavar="HOST", default="127.0.0.1", help="address to listen at (default: %(default)s)"
+    )
     parser.add_argument(
         "--port", metavar="N", type=int, default=PORT, help="port; 0 for any that is free (default: %(default)s)"
     )
@@ -65,7 +69,9 @@ def make_parser() -> Parser:
     limits = parser.add_argument_group("limits", "A client that goes beyond one of them is refused.")
     for name, help in LIMITS.items():
         kind = float if name == "pause" else int
-        limits.add_argument(f"--limits.{name.replace('_', '-')}", dest=f"limits.{name}", metavar="N", type=kind, help=help)
+        limits.add_argument(
+            f"--limits.{name.replace('_', '-')}", dest=f"limits.{name}", metavar="N", type=kind, help=help
+        )
     return parser
 
 
@@ -95,7 +101,7 @@ def load_config(path: Path) -> Config:
         raise SettingError("run", error.value, error.allowed) from error
     facts = read_facts(config_folder(config.model))
     collector = ErrorCollector()
-    for check in (
+    rules: list[Callable[[], object]] = [
         lambda: check_served(config),
         lambda: checks.check_prompt(config),
         lambda: checks.check_training(config),
@@ -106,7 +112,8 @@ def load_config(path: Path) -> Config:
         lambda: check_devices(config),
         lambda: check_optimizer(config.train),
         lambda: check_quantization(config),
-    ):
+    ]
+    for check in rules:
         with collector.collecting():
             check()
     collector.check()
@@ -147,7 +154,7 @@ def load_trunk(config: Config) -> ServedTrunk:
 
 @contextmanager
 def serving(
-    config: Config, host: str, port: int, tls: Path | None, token: Path, limits: dict[str, float]
+    config: Config, host: str, port: int, tls: Path | None, token: Path, limits: dict[str, Any]
 ) -> Iterator[GrpcServer]:
     """Offers a trunk until the end of the context.
 
@@ -191,7 +198,7 @@ def serving(
         trunk.close()
 
 
-def main(argv: Sequence[str] | None = None, wait: Callable[[], object] = threading.Event().wait) -> int:
+def main(argv: Sequence[str] | None = None, wait: Callable[[], object] = _never.wait) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code.
 
     Args:
@@ -211,10 +218,8 @@ def main(argv: Sequence[str] | None = None, wait: Callable[[], object] = threadi
         with serving(config, flags.host, flags.port, flags.tls, token, limits) as server:
             how = "TLS" if flags.tls else "no encryption"
             place = f"[{flags.host}]" if ":" in flags.host else flags.host
-            print(
-                f"trunk ready at {place}:{server.port}: model {config.model}, blocks {config.cut}, {how}, token in {token}",
-                flush=True,
-            )
+            about = f"model {config.model}, blocks {config.cut}, {how}, token in {token}"
+            print(f"trunk ready at {place}:{server.port}: {about}", flush=True)
             wait()
 
     return exit_code(work, argv)

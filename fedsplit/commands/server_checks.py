@@ -13,7 +13,8 @@ def check_remote(config: Config) -> None:
     """Checks the settings of a run that uses the trunk of a server.
 
     Raises:
-        InputError: A setting does not go with `trunk.server`, or has no effect without. All errors are reported together.
+        InputError: A setting does not go with `trunk.server`, or has no effect without. All errors are reported
+            together.
 
     Example:
         >>> from fedsplit.settings.documents import build

@@ -69,7 +69,9 @@ def check_server(config: Config) -> None:
     try:
         check_encrypted(trunk.server_address[0], trunk.tls)
     except InputError as error:
-        raise SettingError("trunk.server", trunk.server, f"an address of this machine without --trunk.tls ({error})") from error
+        raise SettingError(
+            "trunk.server", trunk.server, f"an address of this machine without --trunk.tls ({error})"
+        ) from error
     if trunk.tls:
         _check_set(config, Path(trunk.tls))
 

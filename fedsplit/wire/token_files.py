@@ -20,7 +20,7 @@ def read_token(path: Path) -> bytes:
         path: The file, which its owner alone can read.
 
     Raises:
-        InputError: The file is missing, can be read by others, or holds no token. The message does not show the content.
+        InputError: The file is missing, can be read by others, or holds no token. The message shows no content.
 
     Example:
         >>> read_token(Path("nowhere"))

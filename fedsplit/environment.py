@@ -19,6 +19,7 @@ QUIET = {
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
+    "GRPC_VERBOSITY": "ERROR",  # a line for each failed handshake would go to the screen
     # Number of compiled products that oneDNN and torch keep, of 0.6 MB each. Batches of different lengths would soon
     # fill the default of 1,024. 32 are as fast.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",

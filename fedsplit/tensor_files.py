@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from fedsplit.durable import replacing
@@ -32,15 +32,44 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         >>> load_tensors(path)
         {'lora_B': tensor([0., 0.])}
     """
-    # safetensors refuses tensors that share memory or have gaps. A strategy may return both, so every tensor is copied.
-    copies = {}
-    for name, tensor in tensors.items():
-        copies[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    copies = _copies(tensors)
     metadata = None if facts is None else dict(facts)
 
     with replacing(path) as draft:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(copies, draft, metadata=metadata)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a copy of every tensor: safetensors refuses tensors that share memory or have gaps.
+
+    A strategy may return both.
+    """
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns tensors as the bytes of a file of tensors.
+
+    Example:
+        >>> tensors_from_bytes(tensors_as_bytes({"lora_B": torch.zeros(2)}))
+        {'lora_B': tensor([0., 0.])}
+    """
+    data: bytes = save(_copies(tensors))
+    return data
+
+
+def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:
+    """Returns the tensors in the bytes of a file of tensors.
+
+    Raises:
+        ValueError: The bytes do not hold tensors, or not all of them.
+    """
+    try:
+        tensors: dict[str, Tensor] = load(data)
+    except (SafetensorError, KeyError) as error:  # a KeyError for a type that torch does not have
+        raise ValueError(str(error)) from error
+    return tensors
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

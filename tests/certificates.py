@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 from pathlib import Path
 
 from cryptography import x509
@@ -28,6 +29,7 @@ class Authority:
     def _signed(
         self, subject: x509.Name, key: ec.EllipticCurvePublicKey, is_authority: bool = False, days: int = 1
     ) -> x509.Certificate:
+        hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
@@ -38,10 +40,18 @@ class Authority:
             .not_valid_before(now - datetime.timedelta(days=30))
             .not_valid_after(now + datetime.timedelta(days=days))
             .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
             .sign(self._key, hashes.SHA256())
         )
 
-    def folder(self, path: Path, days: int = 1, password: bytes | None = None, ca: Authority | None = None) -> Path:
+    def folder(
+        self,
+        path: Path,
+        days: int = 1,
+        password: bytes | None = None,
+        ca: Authority | None = None,
+        name: str = "node",
+    ) -> Path:
         """Writes the folder of a node.
 
         Args:
@@ -49,10 +59,11 @@ class Authority:
             days: Days until the certificate expires; negative for one that has expired.
             password: Encrypts the key.
             ca: Authority whose certificate is written as the one to trust; None for this one.
+            name: Common name in the certificate.
         """
         path.mkdir(parents=True, exist_ok=True)
         key = ec.generate_private_key(ec.SECP256R1())
-        issued = self._signed(_name("node"), key.public_key(), days=days)
+        issued = self._signed(_name(name), key.public_key(), days=days)
         lock = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
         (path / "ca.pem").write_bytes((ca or self).certificate.public_bytes(_PEM))
         (path / "cert.pem").write_bytes(issued.public_bytes(_PEM))

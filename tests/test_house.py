@@ -81,6 +81,10 @@ HOMES = {
         "engines.client_app",
     },
     "flwr_datasets": {"corpora.partitioners"},
+    "google": {"wire.chunks", "wire.grpc_schema"},  # protobuf
+    "grpc": {"wire.grpc_client", "wire.grpc_server", "wire.grpc_streams"},
+    "grpc_health": {"wire.grpc_server"},
+    "grpc_reflection": {"wire.grpc_server"},
     "huggingface_hub": {"federation.model_card", "model.hub", "results.publishing"},
     "jinja2": {"reporting.page"},
     "matplotlib": {"corpora.data_summary", "reporting.figures", "result"},

@@ -14,6 +14,8 @@ COMMANDS = {
     "check": "put a strategy, an objective or a metric of your own to its contract",
     "new": "make a project with a strategy, an objective and data of your own",
     "prove": "compare a small copy of a model, cut at every place, with the same copy uncut",
+    "serve": "offer a trunk to a federation of other processes and machines, over gRPC",
+    "certificates": "make certificates for tests of a trunk over gRPC",
     "completion": "print a script that completes flags in bash or zsh",
 }
 """What each command does. The module `fedsplit.commands.NAME` has its `main`."""

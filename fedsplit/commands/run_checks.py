@@ -193,7 +193,7 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
         facts: Facts about the model; None if the model cannot be found, which leaves out the checks against the model.
         watchdog: Ends the wait for a sink of the user that hangs while it is loaded.
     """
-    from fedsplit.commands import checks, model_checks
+    from fedsplit.commands import checks, model_checks, server_checks
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.engines.planning import plan
     from fedsplit.events.user_sinks import check_sinks
@@ -217,6 +217,7 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
         lambda: checks.check_training(config),
         lambda: checks.check_trunk(config),
         lambda: checks.check_places(config),
+        lambda: server_checks.check_remote(config),
         lambda: check_network(config),
         lambda: plan(config),
     ]
@@ -238,9 +239,22 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
         lambda: check_trackers(config.track),
         lambda: check_quantization(config),
         lambda: check_certificates(config.wire.tls),
+        lambda: _check_server(config),
         lambda: _check_push(config),
     ]
     return about_settings
+
+
+def _check_server(config: Config) -> None:
+    """Checks token and certificates for the trunk's server, if the run uses one.
+
+    Raises:
+        SettingError: The token or the certificates cannot be used.
+    """
+    if config.trunk.server:
+        from fedsplit.trunk.dialing import check_server  # gRPC takes a moment to import
+
+        check_server(config)
 
 
 def _check_push(config: Config) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedsplit.engines.trunk_places import find_trunk
 from fedsplit.federation import records
 from fedsplit.federation.client_service import ClientService
-from fedsplit.trunk.ray_trunks import find_trunk
 
 app = ClientApp()
 

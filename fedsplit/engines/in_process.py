@@ -21,6 +21,7 @@ import torch
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import on_disks
 from fedsplit.engines.planning import Plan
+from fedsplit.engines.trunk_places import RunTrunk, place_of
 from fedsplit.events import Sink
 from fedsplit.events.emitter import Emitter
 from fedsplit.events.run_files import MetricsFile, SummaryFile
@@ -37,12 +38,11 @@ from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.settings.config import Config
-from fedsplit.trunk.doors import join, weigh
-from fedsplit.trunk.local import load_trunks
+from fedsplit.trunk.local import LocalTrunks, load_trunks
 from fedsplit.trunk.port import TrunkPort
 from fedsplit.trunk.workers import outcome
 from fedsplit.watchdog import Watchdog
-from fedsplit.wire.packets import Packet, new_incarnation, new_trunk_name
+from fedsplit.wire.packets import Packet, new_incarnation
 from fedsplit.wire.transport import PendingAnswer
 
 _END_SECONDS = 5.0
@@ -197,7 +197,7 @@ class Heard:
 
 
 class LocalSession:
-    """The trunk and the clients of a run in this process.
+    """The clients of a run in this process, with the trunk or with a way to the trunk's server.
 
     Attributes:
         trunk: The trunk.
@@ -219,34 +219,29 @@ class LocalSession:
         self.notes: list[str] = []
         self._workers = plan.workers
         self._objects = objects
-        self.name = new_trunk_name()
-        self.trunk = self._load()
+        self._place = place_of(config, self._load)
+        self.name, self.trunk = self._place.begin()
 
-    def _load(self) -> TrunkPort:
+    def _load(self, name: str) -> RunTrunk:
         """Loads all stages of all replicas of the trunk."""
         config = self._config
         stage = stage_maker(config, self._objects.strategy)
-        replicas = load_trunks(config, self.name, new_incarnation(), stage=stage, callers=self._workers)
-        self._replicas = replicas
-        return join(config, replicas)
+        replicas = load_trunks(config, name, new_incarnation(), stage=stage, callers=self._workers)
+        return LocalTrunks(config, replicas)
 
     def renew(self) -> None:
-        """Closes the trunk, and loads another one."""
+        """Closes the trunk, and loads another one; or begins again at the trunk's server."""
         self.close()
-        self.name = new_trunk_name()
-        self.trunk = self._load()
+        self.name, self.trunk = self._place.begin()
 
     def weigh(self) -> Config:
         """Divides the clients among replicas by speed, if the settings ask for it; see `Session.weigh`."""
-        self._config = weigh(self._config, self.trunk)
-        self.trunk = join(self._config, self._replicas)
+        self._config = self.trunk.weigh(self._config)
         return self._config
 
     def close(self) -> None:
-        """Closes all stages of all replicas of the trunk."""
-        for stages in self._replicas:
-            for one in stages:
-                one.close()
+        """Closes all stages of all replicas of the trunk, or the connections to the trunk's server."""
+        self.trunk.kill()
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end.

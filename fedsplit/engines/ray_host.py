@@ -1,4 +1,4 @@
-"""The trunk of a run on Ray, as all engines with processes have it."""
+"""The trunk of a run on Ray, as all engines with processes have it, or at a server outside of Ray."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedsplit.engines.planning import Plan
+from fedsplit.engines.trunk_places import RunTrunk, place_of
 from fedsplit.settings.config import Config
 from fedsplit.trunk.actor import ActorSetup
 from fedsplit.trunk.ray_trunks import start_trunks
-from fedsplit.wire.packets import new_trunk_name
 
 
 class RayHost:
-    """A Ray with the trunk's actor.
+    """A Ray with the trunk's actor, or with a way to the trunk's server.
 
     Attributes:
         trunk: The trunk.
-        name: Name of the trunk's actor; names the run, too.
+        name: Name of the trunk; names the run, too.
         plan: Processes, threads and lanes.
         notes: Lines for the reader on where the parties run.
     """
@@ -42,10 +42,14 @@ class RayHost:
         self.notes: list[str] = []
         self._has_stage = has_stage
         self._place = place
-        self._start()
+        self._trunk_place = place_of(config, self._start)
+        self._begin()
 
-    def _start(self) -> None:
-        self.name = new_trunk_name()
+    def _begin(self) -> None:
+        self.name, self.trunk = self._trunk_place.begin()
+
+    def _start(self, name: str) -> RunTrunk:
+        """Starts the trunk's actors."""
         setup = ActorSetup(
             threads=self.plan.trunk_threads,
             workers=self.plan.trunk_lanes,
@@ -53,12 +57,12 @@ class RayHost:
             is_reached_from_afar=self.config.ray.address != "local",
         )
         options = self._place() if self._place else None
-        self.trunk = start_trunks(self.config, self.name, setup, options)
+        return start_trunks(self.config, name, setup, options)
 
     def renew(self) -> None:
-        """Kills the trunk's actors that are not dead already, and starts others."""
+        """Kills the trunk's actors that are not dead already, and starts others; or begins again at the server."""
         self.trunk.kill()
-        self._start()
+        self._begin()
 
     def weigh(self) -> Config:
         """Divides the clients among replicas by speed, if the settings ask for it; see `Session.weigh`."""

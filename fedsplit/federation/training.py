@@ -334,8 +334,9 @@ class _Collection:
         self._state.totals.count("adapter_up", client, reply.nbytes)
         self._traffic.up[client] = reply.nbytes
         update = self._accepted(reply)
-        # A client that has answered is not waited for, even if it did not say goodbye to the trunk.
-        if update is None or self._alternates:
+        # A client that has answered is not waited for, even if it did not say goodbye to the trunk. To a trunk in
+        # another process, clients send packets only.
+        if update is None or self._alternates or parties.config.trunk.server:
             parties.trunk.leave(client)
         if update is None:
             return

@@ -190,6 +190,19 @@ def parse_stages(value: str) -> tuple[int, ...] | None:
     return bounds if rises else None
 
 
+def parse_server(value: str) -> tuple[str, int] | None:
+    """Parses the address of a server into host and port; returns None if the text is no address.
+
+    Example:
+        >>> parse_server("127.0.0.1:50052"), parse_server("[::1]:50052"), parse_server("trunk.example")
+        (('127.0.0.1', 50052), ('::1', 50052), None)
+    """
+    match = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", value, re.ASCII)
+    if match is None or not 1 <= int(match[2]) <= 65535:
+        return None
+    return match[1].strip("[]"), int(match[2])
+
+
 def parse_weights(value: str) -> tuple[float, ...] | None:
     """Parses weights; returns None if a weight is no number above 0.
 

@@ -22,7 +22,7 @@ from fedsplit.settings.choices import (
     SYNCS,
 )
 from fedsplit.settings.fields import setting
-from fedsplit.settings.parsing import parse_memory, parse_stages, parse_weights
+from fedsplit.settings.parsing import parse_memory, parse_server, parse_stages, parse_weights
 from fedsplit.settings.validators import (
     ADAPTER_CODEC,
     ANYTHING,
@@ -30,6 +30,7 @@ from fedsplit.settings.validators import (
     CODEC,
     DEVICES,
     FIELDS,
+    FILE,
     FOLDER,
     FRACTION,
     LABELS,
@@ -45,6 +46,7 @@ from fedsplit.settings.validators import (
     REPLICA_WEIGHTS,
     RESOURCES,
     ROLE_CODEC,
+    SERVER,
     STAGES,
     TABLES,
     TEXT,
@@ -344,6 +346,25 @@ class TrunkSettings:
         "share of the clients that each replica serves, such as 1,3; speed: by the speed of a step on each replica, "
         "measured at the start (default: equal shares)",
     )
+
+    server: str = setting(
+        "",
+        SERVER,
+        "use the trunk that fedsplit serve offers at this address (default: the run starts a trunk of its own)",
+    )
+    token_file: str = setting("", FILE, "trunk.server: file with the token that fedsplit serve has written")
+    tls: str = setting(
+        "",
+        FOLDER,
+        "trunk.server: folder that fedsplit certificates has made; packets and control messages are encrypted "
+        "(default: they are not, and the server is on this machine)",
+    )
+    wait: float = setting(60.0, at_least(1, MOST), "trunk.server: seconds in which a server that was lost must be back")
+
+    @property
+    def server_address(self) -> tuple[str, int]:
+        """Host and port of the trunk's server; an empty host without a server."""
+        return parse_server(self.server) or ("", 0)
 
     @property
     def replica_weights(self) -> tuple[float, ...]:

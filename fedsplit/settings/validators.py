@@ -18,6 +18,7 @@ from fedsplit.settings.parsing import (
     parse_memory,
     parse_quantization,
     parse_resources,
+    parse_server,
     parse_stages,
     parse_weights,
 )
@@ -132,6 +133,11 @@ RAY_ADDRESS = Validator(
     "--ray.address auto …`",
     lambda v: re.fullmatch(r"local|auto|[\w.-]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}", v) is not None,
 )
+
+SERVER = Validator("HOST:PORT, such as 127.0.0.1:50052", lambda v: v == "" or parse_server(v) is not None)
+
+FILE = Validator("a file", lambda v: True)
+"""A file's name. Whether the file exists is checked by the module that opens it."""
 
 RESOURCES = Validator(
     "NAME=AMOUNT, separated by commas, such as CPU=1,GPU=0.5", lambda v: parse_resources(v) is not None

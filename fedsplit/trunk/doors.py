@@ -16,13 +16,17 @@ from fedsplit.trunk.staged import StagedTrunk
 
 
 def count(config: Config) -> int:
-    """Returns the number of the trunk's processes: the stages of all replicas, or the processes that share a trunk.
+    """Returns the number of the trunk's processes that a run starts: stages of all replicas, or sharers of a trunk.
+
+    A run that uses the trunk of a server starts none.
 
     Example:
         >>> from fedsplit.settings.documents import build
         >>> count(build({"cut": "1:5", "trunk.stages": "1:2:5", "trunk.replicas": 3}))
         6
     """
+    if config.trunk.server:
+        return 0
     return config.trunk.replicas * len(spans_of(config)) * config.trunk.tensor_parallel
 
 

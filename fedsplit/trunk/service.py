@@ -117,8 +117,8 @@ class TrunkService:
         self._observers = observers
         self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._held: list[_Call] = []
-        beside = WorkerThreads([FORWARD, BACKWARD], threads, self._post) if workers > 1 else None
-        self._dispatcher = Dispatcher(server, settings, clock, beside)
+        self._beside = WorkerThreads([FORWARD, BACKWARD], threads, self._post) if workers > 1 else None
+        self._dispatcher = Dispatcher(server, settings, clock, self._beside)
         self._sessions = Sessions(server, settings.lease, clock=clock)
 
     def submit(self, packet: Packet, done: Done) -> None:
@@ -177,6 +177,12 @@ class TrunkService:
         """Returns the time of the next deadline or expiry, after which there may be work without a request."""
         times = (self._dispatcher.wakes_at(), self._sessions.next_expiry())
         return min((time for time in times if time is not None), default=None)
+
+    def close(self) -> None:
+        """Ends the threads of the service, and wakes a thread that waits in `work`. Any thread may call."""
+        if self._beside is not None:
+            self._beside.close()
+        self._post(lambda: None)
 
     def _post(self, do: Callable[[], None], has_to_wait: Callable[[], bool] | None = None) -> None:
         """Queues a call for the deciding thread."""

@@ -68,8 +68,8 @@ def outcome(compute: Callable[[], Any]) -> Any:
         return error
 
 
-def run_until_defect(work: Callable[[], object], threads: int) -> None:
-    """Repeats some work for ever. An exception that escapes the work ends the process.
+def run_until_defect(work: Callable[[], object], threads: int, is_over: Callable[[], bool] = lambda: False) -> None:
+    """Repeats some work, by default for ever. An exception that escapes the work ends the process.
 
     The exception is a defect of the trunk. Clients notice the end of a process, and give up. If only a thread ended,
     clients would wait for the thread's answers for ever.
@@ -77,12 +77,13 @@ def run_until_defect(work: Callable[[], object], threads: int) -> None:
     Args:
         work: Function for one piece of work, such as a call from a queue.
         threads: Number of threads that torch may use for the work.
+        is_over: Returns True to end before the next piece of work.
     """
     torch.set_num_threads(threads)  # OpenMP keeps a number for each calling thread
     try:
-        while True:
+        while not is_over():
             work()
-    finally:
+    except BaseException:  # noqa: BLE001  # whatever it is, clients must not wait for this thread
         traceback.print_exc()
         os._exit(1)  # `sys.exit` would end this thread alone
 
@@ -95,7 +96,7 @@ class WorkerThreads:
     """Threads by name. Each thread has a queue, and computes the calls of the queue in order."""
 
     def __init__(self, names: Iterable[str], threads: int, post: Callable[[Callable[[], None]], None]) -> None:
-        """Starts the threads. The threads end with the process.
+        """Starts the threads. The threads end with the process, or by `close`.
 
         Args:
             names: Names of the workers.
@@ -103,13 +104,14 @@ class WorkerThreads:
             post: Function that hands a call to the calling thread.
         """
         self._post = post
-        self._queues: dict[str, queue.SimpleQueue[_Call]] = {}
+        self._is_closed = False
+        self._queues: dict[str, queue.SimpleQueue[_Call | None]] = {}
         for name in names:
             self._queues[name] = queue.SimpleQueue()
             work = functools.partial(self._compute_next, name)
             thread = threading.Thread(
                 target=run_until_defect,
-                args=(work, threads),
+                args=(work, threads, lambda: self._is_closed),
                 name=name,
                 daemon=True,  # a computation must not keep an ending process alive
             )
@@ -120,10 +122,19 @@ class WorkerThreads:
 
         A loop in here would keep the last result alive, with a graph of many megabytes, while the thread waits.
         """
-        compute, done = self._queues[name].get()
+        call = self._queues[name].get()
+        if call is None:  # closed
+            return
+        compute, done = call
         result = outcome(compute)
         self._post(lambda: done(result))
 
     def start(self, worker: str, compute: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Queues a computation for a worker. The call of `done` is posted to the calling thread."""
         self._queues[worker].put((compute, done))
+
+    def close(self) -> None:
+        """Ends the threads after the calls that they have."""
+        self._is_closed = True
+        for waiting in self._queues.values():
+            waiting.put(None)

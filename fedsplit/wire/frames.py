@@ -11,9 +11,9 @@ import json
 import math
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from fedsplit.wire.encoded import Encoded, Fact, is_count, may_cross
 from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep
 from fedsplit.wire.transport import Unanswered
+
+T = TypeVar("T")
 
 _PREFIX = struct.Struct("<QI")
 _PAUSE = struct.Struct("@ll")  # the system's `timeval`: seconds and microseconds, in native sizes
@@ -57,13 +59,13 @@ class TrunkFailed(Exception):
     """The trunk could not serve a packet, for a reason that is no refusal. The message is the trunk's message."""
 
 
-def _error_named(name: str) -> type[Exception]:
+def error_named(name: str) -> type[Exception]:
     """Returns the refusal with a name, or `TrunkFailed` for any other name.
 
     Only refusals and `Unanswered` are looked up: a name from the wire must not choose any class of the program.
 
     Example:
-        >>> _error_named("StaleStep").__name__, _error_named("SystemExit").__name__
+        >>> error_named("StaleStep").__name__, error_named("SystemExit").__name__
         ('StaleStep', 'TrunkFailed')
     """
     refusals: list[type[Exception]] = [Unanswered, *RefusedStep.__subclasses__()]
@@ -112,17 +114,17 @@ def framing(packet: Packet) -> int:
     return _PREFIX.size + len(_as_text(header_of(packet)))
 
 
-def send(
-    connection: Connection, number: int, message: Packet | Exception, meanwhile: Callable[[], None] | None = None
-) -> None:
-    """Sends a frame.
+def pieces_of(number: int, message: Packet | Exception) -> list[memoryview]:
+    """Returns a frame as pieces of memory. The memory of the arrays is shared, and not copied.
 
     Args:
-        connection: Connection to the peer.
         number: Number of the request.
         message: A packet, or the error in place of an answer.
-        meanwhile: Called whenever the connection takes no more bytes. Returns once the connection takes bytes again.
-            Without `meanwhile`, this function waits.
+
+    Example:
+        >>> packet = Packet(StepKey(round=1, client=0, step=0), {"mask": Encoded({"values": np.ones((2, 3), bool)})})
+        >>> [len(piece) for piece in pieces_of(7, packet)] == [framing(packet), 6]
+        True
     """
     header: dict[str, Any]
     arrays: list[np.ndarray] = []
@@ -137,7 +139,22 @@ def send(
     text = _as_text(header)
     prefix = _PREFIX.pack(number, len(text))
     # Pieces of memory, and no joined bytes: a copy of the arrays would double the memory of a packet.
-    left = [memoryview(prefix + text), *(_bytes_of(array) for array in arrays)]
+    return [memoryview(prefix + text), *(_bytes_of(array) for array in arrays)]
+
+
+def send(
+    connection: Connection, number: int, message: Packet | Exception, meanwhile: Callable[[], None] | None = None
+) -> None:
+    """Sends a frame.
+
+    Args:
+        connection: Connection to the peer.
+        number: Number of the request.
+        message: A packet, or the error in place of an answer.
+        meanwhile: Called whenever the connection takes no more bytes. Returns once the connection takes bytes again.
+            Without `meanwhile`, this function waits.
+    """
+    left = pieces_of(number, message)
     while left:
         try:
             sent = connection.sendmsg(left, [], socket.MSG_DONTWAIT if meanwhile else 0)
@@ -186,11 +203,17 @@ def receive(connection: Connection) -> tuple[int, Packet | Exception]:
         EOFError: The peer has hung up.
         Any error in `BROKEN`: The bytes are no frame.
     """
-    number, length = _PREFIX.unpack(read(connection, _PREFIX.size))
-    if length > _LONGEST_HEADER:
-        raise ValueError("a header is too long")
+    parts = reading()
+    _fill(connection, next(parts))
+    memory = next(parts)  # raises an error for a header that is too long
     with _without_long_pauses(connection):
-        return number, _rest(connection, length)
+        while True:
+            _fill(connection, memory)
+            try:
+                memory = next(parts)
+            except StopIteration as end:
+                frame: tuple[int, Packet | Exception] = end.value
+                return frame
 
 
 @contextlib.contextmanager
@@ -206,23 +229,41 @@ def _without_long_pauses(connection: Connection) -> Iterator[None]:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PAUSE.pack(0, 0))
 
 
-def _rest(connection: Connection, length: int) -> Packet | Exception:
-    """Reads a frame without the prefix.
+Reading = Generator[memoryview, None, T]
+"""Yields pieces of memory that the caller fills with the bytes of a message, one after another. Returns the message."""
+
+
+def reading(largest: int | None = None) -> Reading[tuple[int, Packet | Exception]]:
+    """Reads a frame from bytes that the caller has.
 
     Args:
-        connection: Connection to the peer.
-        length: Bytes of the header.
+        largest: Most bytes of all arrays; None for `LARGEST_PACKET`.
+
+    Yields:
+        Pieces of memory to fill: the prefix, the header, and each array's own memory.
+
+    Returns:
+        The number of the frame, and the packet or the error in the frame.
 
     Raises:
-        Any error in `BROKEN`: The bytes are no frame, or stopped coming.
+        Any error in `BROKEN`: The bytes are no frame.
     """
-    header = json.loads(read(connection, length))
+    most = LARGEST_PACKET if largest is None else largest
+    prefix = bytearray(_PREFIX.size)
+    yield memoryview(prefix)
+    number, length = _PREFIX.unpack(prefix)
+    if length > _LONGEST_HEADER:
+        raise ValueError("a header is too long")
+
+    text = bytearray(length)
+    yield memoryview(text)
+    header = json.loads(text)
     if "error" in header:
-        return _error_named(header["error"])(str(header["words"]))
+        return number, error_named(header["error"])(str(header["words"]))
 
     forms = {name: _forms(tensor["arrays"]) for name, tensor in header["tensors"].items()}
     nbytes = sum(form.nbytes for arrays in forms.values() for form in arrays.values())
-    if nbytes > LARGEST_PACKET:
+    if nbytes > most:
         raise ValueError("a packet is too large")
 
     tensors = {}
@@ -234,8 +275,8 @@ def _rest(connection: Connection, length: int) -> Packet | Exception:
     check_form(packet)  # before the arrays: no bytes are read for a packet that nobody can use
     for encoded in tensors.values():
         for array in encoded.arrays.values():
-            _fill(connection, _bytes_of(array))  # into the array itself: no copy of the bytes
-    return packet
+            yield _bytes_of(array)  # into the array itself: no copy of the bytes
+    return number, packet
 
 
 @dataclass(frozen=True)

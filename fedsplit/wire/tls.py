@@ -237,3 +237,44 @@ def refusal(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the peer's certificate is refused: {error.verify_message}"
     return f"no connection by TLS: {_words(error)}"
+
+
+def why_refused(host: str, port: int, folder: str, seconds: float) -> str:
+    """Returns, in a line, why a server and this side do not trust each other; empty if there is no such reason.
+
+    gRPC does not tell a refused certificate from a server that is gone. So a client asks a second time, by this
+    function. The server's host name is checked.
+
+    Args:
+        host: Name or IP address of the server.
+        port: Port of the server.
+        folder: Folder of this side's certificates.
+        seconds: Longest wait for the server.
+    """
+    try:
+        context = _context(Path(folder), is_server=False)
+        context.check_hostname = True
+        context.set_alpn_protocols(["h2"])
+        with socket.create_connection((host, port), seconds) as connection:
+            encrypted = context.wrap_socket(connection, server_hostname=host)
+            return _welcome(encrypted)
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # the server went in the middle of the handshake
+        return ""
+    except ssl.SSLError as error:
+        return refusal(error)
+    except (OSError, ValueError):  # gone, or silent: no question of trust
+        return ""
+
+
+def _welcome(encrypted: ssl.SSLSocket) -> str:
+    """Waits for the first byte of a server. Returns the reason if there is none.
+
+    The server checks the certificate of this side after the handshake of this side. gRPC hangs up on a certificate that
+    is not accepted, and gives no reason. Otherwise gRPC speaks first.
+    """
+    with encrypted:
+        try:
+            spoke = encrypted.recv(1)
+        except ConnectionResetError:
+            spoke = b""
+    return "" if spoke else f"the server does not accept {CERTIFICATE}"

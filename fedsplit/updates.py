@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ class Task:
             its gradients, and returns the change of its c_i. None: no correction.
         tail: HetLoRA's gamma: the share of the rank that `decay` leaves alone.
         decay: HetLoRA's lambda: lambda * ||A_tail|| * ||B_tail|| of every layer is added to the loss.
+        settings: Settings of one of Flower's strategies for the mods at the client, such as `clipping_norm`.
     """
 
     trains: frozenset[str] = FACTORS
@@ -112,6 +114,7 @@ class Task:
     control: Mapping[str, Tensor] | None = None
     tail: float = 1.0
     decay: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def teaches(self, name: str) -> bool:
         """Returns True if the tensor of an exported name trains. Tensors that are no LoRA factors always train.

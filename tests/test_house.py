@@ -65,7 +65,7 @@ PACKAGES = [
 DOORS = {"simulate", "evaluate", "generate", "adapters", "clean", "data", "estimate", "prove", "reference", "report"}
 """Modules that `python -m` runs: each calls the module of its name in `fedsplit.commands`."""
 
-ROOF = {"__main__", "api", "call", "inputs", "result", *DOORS}
+ROOF = {"__main__", "api", "call", "flower_app", "inputs", "result", *DOORS}
 """Modules at the top that may import everything."""
 
 HOMES = {
@@ -73,10 +73,14 @@ HOMES = {
     "bitsandbytes": {"optimization.optim", "model.quantization"},
     "datasets": {"corpora.datasets_library", "corpora.given", "corpora.loaders", "corpora.partitioners", "inputs"},
     "flwr": {
+        "flower_app",
+        "commands.server_app",
+        "federation.mods",
         "federation.records",
         "federation.flower_strategy",
         "engines.flower_engine",
         "engines.flower_clients",
+        "engines.flower_runtime",
         "engines.pool_grid",
         "engines.client_app",
     },

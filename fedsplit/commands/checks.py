@@ -279,6 +279,32 @@ def _wrong_encoder(prompt: PromptSettings) -> Iterator[SettingError]:
         yield SettingError("prompt.hidden", prompt.hidden, "0, except with --prompt.projection")
 
 
+def check_mods(config: Config) -> None:
+    """Checks that mods find a client of Flower's to work around, and that nothing changes adapters behind the mods.
+
+    Raises:
+        InputError: The engine has no such clients, or adapters pass through a codec. All errors are reported together.
+
+    Example:
+        >>> check_mods(Config(mods=("fixedclipping_mod",), engine="local"))
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: engine: local is not possible; allowed: ray | flower with --mods, which work \
+around Flower's clients
+    """
+    check_all(_wrong_beside_mods(config))
+
+
+def _wrong_beside_mods(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting that does not fit mods."""
+    if not config.mods:
+        return
+    if config.engine == "local":
+        yield SettingError("engine", "local", "ray | flower with --mods, which work around Flower's clients")
+    if config.adapter.codec != "raw":
+        allowed = "raw with --mods: after a codec, a change may be larger than a mod has left it"
+        yield SettingError("adapter.codec", config.adapter.codec, allowed)
+
+
 def check_places(config: Config) -> None:
     """Checks the settings by which clients are pinned to the nodes of a cluster.
 

@@ -35,12 +35,14 @@ rank = 4
 $ python -m fedsplit.simulate --config mine.toml      # a file
 ```
 
-- A list is separated by commas on the command line, and is a list in TOML. `--sink` may be given several times.
+- A list is separated by commas on the command line, and is a list in TOML. `--sink` and `--mod` may be given several
+  times.
 - A flag of a `true | false` setting needs no value: `--keep-best` is `--keep-best true`.
 - `--strategy.KEY VALUE`, or the table `[strategy_options]` in TOML, gives keyword arguments to the strategy;
   `--objective.KEY VALUE`, or `[objective_options]`, to the objective.
 - `--metric.NAME.KEY VALUE`, or the table `[metric_options.NAME]`, gives them to the metric NAME, such as `rouge` of
-  `path/to/mine.py:rouge`; `--sink.NAME.KEY VALUE`, or `[sink_options.NAME]`, to a sink.
+  `path/to/mine.py:rouge`; `--sink.NAME.KEY VALUE`, or `[sink_options.NAME]`, to a sink; `--mod.NAME.KEY VALUE`, or
+  `[mod_options.NAME]`, to a mod.
 - With `--resume`, the file is that of the run, and only these flags may be given:
   {", ".join(f"`{name}`" for name in MAY_DIFFER[1:])}.
 """

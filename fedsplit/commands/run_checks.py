@@ -212,6 +212,14 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
         with watchdog.guarding(_USERS_CODE):  # `module:load` imports the user's module
             check_dataset(config.dataset, config.data)
 
+    def check_mods_of_user() -> None:
+        checks.check_mods(config)
+        if config.mods or config.mod_options:
+            from fedsplit.federation.mods import load_mods  # imports Flower, which takes seconds
+
+            with watchdog.guarding(_USERS_CODE):
+                load_mods(config)
+
     about_settings: list[Callable[[], object]] = [
         lambda: checks.check_prompt(config),
         lambda: checks.check_training(config),
@@ -236,6 +244,7 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
         lambda: _check_run_folder(config),
         lambda: check_optimizer(config.train),
         check_sinks_of_user,
+        check_mods_of_user,
         lambda: check_trackers(config.track),
         lambda: check_quantization(config),
         lambda: check_certificates(config.wire.tls),
@@ -372,7 +381,7 @@ def _check_code_and_data(
     from fedsplit.federation.strategy import is_builtin
 
     collector = ErrorCollector()
-    if not is_builtin(strategy):  # our own have tests
+    if not is_builtin(strategy) or config.mods:  # our own strategies have tests
         with collector.collecting(), watchdog.guarding("the strategy, in its trial round,"):
             # Each rehearsal makes its strategies anew: a trial round may leave state in the object.
             rehearse(lambda: _make_strategy(config, objects), config)

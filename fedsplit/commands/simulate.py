@@ -26,6 +26,7 @@ from fedsplit.watchdog import Watchdog
 if TYPE_CHECKING:
     from fedsplit.corpora.sharding import Partition
     from fedsplit.engines.planning import Plan
+    from fedsplit.engines.session import Open
     from fedsplit.events.emitter import Emit
     from fedsplit.federation.manifest import Content
     from fedsplit.model.facts import Facts
@@ -37,6 +38,7 @@ def run(
     objects: Objects = NOTHING,
     sinks: Sequence[Sink] = (),
     read: Callable[[Config], Partition] | None = None,
+    opens: Open | None = None,
 ) -> dict[str, Any]:
     """Runs a federation.
 
@@ -45,6 +47,7 @@ def run(
         objects: Objects in place of names in the settings; see `fedsplit.run`.
         sinks: Sinks for the events, beside the sinks in the settings.
         read: Reads the data of all clients; None for `fedsplit.corpora.partition.partition_of`.
+        opens: Starts the engine; None for the engine that the settings name.
 
     Returns:
         The summary, as in summary.json.
@@ -96,7 +99,7 @@ def run(
         is_private = config.ray.address == "local"
         if is_private:
             _say(emit, _opening(config, facts, shares, partition))
-        with engine_named(config.engine)(config, shares, objects) as session:
+        with (opens or engine_named(config.engine))(config, shares, objects) as session:
             _say(emit, session.notes)
             if not is_private:  # the nodes of a cluster decide about the processes
                 _say(emit, _opening(config, facts, session.plan, partition))

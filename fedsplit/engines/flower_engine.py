@@ -41,16 +41,20 @@ class FlowerSession(RayHost):
 
         run_in_thread(federation, loop, lambda: kill_descendants("ray::"))
 
+    def clients(self, grid: Grid, federation: Federation) -> FlowerClients:
+        """Returns the clients of a federation behind Flower's grid."""
+        timeout = self.config.timeout
+        stalls = StallWatch(timeout, lambda: self.trunk.status().traffic, kill_busy_workers)
+        return FlowerClients(grid, federation.stop, self.plan.workers, stalls, timeout)
+
     def _app(self, federation: Federation) -> ServerApp:
         """Returns the ServerApp that runs a federation."""
         app = ServerApp()
 
         @app.main()
         def main(grid: Grid, context: Context) -> None:
-            timeout = self.config.timeout
-            stalls = StallWatch(timeout, lambda: self.trunk.status().traffic, kill_busy_workers)
             try:
-                federation.run(FlowerClients(grid, federation.stop, self.plan.workers, stalls, timeout))
+                federation.run(self.clients(grid, federation))
             except BaseException:
                 kill_busy_workers()  # Flower waits for their answers, which may never come
                 raise

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,6 +54,15 @@ from fedsplit.wire.codecs import copy_of_state
 
 Connect = Callable[[str, Config], TrunkLike]
 """Returns the trunk with a name, for a run with some settings."""
+
+TrainFrom = Callable[[Mapping[str, Tensor]], Reply]
+"""Trains a client from adapters, by exported name, and returns the reply before a codec."""
+
+Around = Callable[[Train, Mapping[str, Tensor], TrainFrom], Reply]
+"""Code around the training of a client, such as Flower's mods (`fedsplit.federation.mods`).
+
+Takes the request, the adapters that the client starts from as far as they are sent back, and the function that trains.
+"""
 
 
 @dataclass
@@ -179,6 +188,10 @@ class _Visit:
     store: ClientStore
 
 
+class NotTrained(Exception):
+    """A reply to a request to train is there, and the client has not trained."""
+
+
 class ClientService:
     """Answers a server's requests to all clients of one process.
 
@@ -197,16 +210,20 @@ class ClientService:
         self._key: object = None
         self._site: _Site | None = None
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: Request, around: Around | None = None) -> Answer:
         """Serves a request. An error becomes a `Failure`, so that the server decides how the run goes on."""
         try:
-            return self.serve(request)
+            return self.serve(request, around)
         except (Exception, SystemExit) as error:  # a client may fail in any way, and the others go on
             logging.getLogger(__name__).debug("client %d failed", request.client, exc_info=True)  # for --debug
             return _failure(request.client, error)
 
-    def serve(self, request: Request) -> Reply:
+    def serve(self, request: Request, around: Around | None = None) -> Reply:
         """Serves a request.
+
+        Args:
+            request: The request.
+            around: Code around the training; None for none.
 
         Raises:
             TrunkLost: The trunk is gone.
@@ -215,7 +232,7 @@ class ClientService:
         """
         visit = self.visit(request)
         if isinstance(request, Train):
-            return _train(visit, request)
+            return _train(visit, request, around)
         if isinstance(request, Evaluate):
             return _evaluate(visit, request)
         assert isinstance(request, Introduce)
@@ -287,12 +304,26 @@ def _introduce(visit: _Visit, request: Introduce) -> Reply:
     return introduce(Introduction(client.number, client.shard.name, parameters, start, client.shard.size))
 
 
-def _train(visit: _Visit, request: Train) -> Reply:
+@dataclass(frozen=True)
+class _Trained:
+    """Outcome of local training.
+
+    Attributes:
+        update: The update.
+        reply: The reply before mods and codec.
+        codec: State of the codec of hidden states and gradients.
+    """
+
+    update: ClientUpdate
+    reply: Reply
+    codec: dict[str, Tensor]
+
+
+def _train(visit: _Visit, request: Train, around: Around | None = None) -> Reply:
     """Trains for a round, and then measures a sample of the client's held-out text."""
     site = visit.site
     client = visit.client
     store = visit.store
-    config = site.config
     task = request.task
     rule = site.rule
 
@@ -304,6 +335,50 @@ def _train(visit: _Visit, request: Train) -> Reply:
         request = replace(request, tensors=decoded)
     start = site.start.with_rank(request.rank)
     given = assembled(start, request, kept)
+    returned = sorted(rule.returned(given, task))
+
+    trained: list[_Trained] = []
+
+    def train(shown: Mapping[str, Tensor]) -> Reply:
+        trained.append(_train_locally(visit, request, {**given, **shown}, kept, returned))
+        return trained[-1].reply
+
+    shown = {name: given[name] for name in returned}
+    reply = train(shown) if around is None else around(request, shown, train)
+    if not trained:
+        raise NotTrained("the client's mods have sent a reply without training")
+
+    update = trained[-1].update
+    codec = trained[-1].codec
+    untrained = rule.untrained(given, task)
+    control = moved(kept.control, update.control) if task.control is not None else {}
+    if adapter_codec is not None:
+        changed = {name: reply.tensors[messages.ADAPTERS][name] for name in returned}
+        encoded = adapter_codec.encode_changes(changed, given, client.number, request.round)
+        reply = messages.with_adapters(reply, encoded)
+        codec |= adapter_codec.state(client.number)
+    state = to_keep(start, given, update, untrained, rule.personal, control, codec)
+    # Before the answer: the server must not accept a round from which the client cannot go on.
+    store.save(request.round, state, request.accepted, request.kept)
+    return reply
+
+
+def _train_locally(
+    visit: _Visit, request: Train, given: Mapping[str, Tensor], kept: ClientState, returned: Sequence[str]
+) -> _Trained:
+    """Trains from adapters, and measures a sample.
+
+    Args:
+        visit: Objects for the request.
+        request: The request.
+        given: All adapters of bottom and top that training starts from.
+        kept: Tensors on the client's disk.
+        returned: Names of the adapters for the server, in order.
+    """
+    site = visit.site
+    client = visit.client
+    config = site.config
+    task = request.task
     moments = kept.moments if request.drawn is None else {}  # a new draw has no history
     stage = None if site.make_stage is None else site.make_stage()
     # A client has a new codec for each request. Error feedback goes on where the last accepted round ended.
@@ -324,19 +399,8 @@ def _train(visit: _Visit, request: Train) -> Reply:
     sample_seconds = time.perf_counter() - started
     if config.deterministic:
         client.link.leave(client.number)
-
-    untrained = rule.untrained(given, task)
-    control = moved(kept.control, update.control) if task.control is not None else {}
-    returned = rule.returned(update.adapters.tensors, task)
-    encoded = None
-    if adapter_codec is not None:
-        trained = {name: update.adapters.tensors[name] for name in sorted(returned)}
-        encoded = adapter_codec.encode_changes(trained, given, client.number, request.round)
-        codec |= adapter_codec.state(client.number)
-    state = to_keep(start, given, update, untrained, rule.personal, control, codec)
-    # Before the answer: the server must not accept a round from which the client cannot go on.
-    store.save(request.round, state, request.accepted, request.kept)
-    return messages.trained(update, returned, own, peak_memory(), seconds, sample_seconds, encoded)
+    reply = messages.trained(update, returned, own, peak_memory(), seconds, sample_seconds)
+    return _Trained(update, reply, codec)
 
 
 def assembled(start: Adapters, request: Train, kept: ClientState) -> dict[str, Tensor]:

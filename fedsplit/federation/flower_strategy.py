@@ -14,8 +14,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedsplit.federation import records
 from fedsplit.federation.clients import ClientNode, FederationFailed, Roster
 from fedsplit.federation.messages import ADAPTERS, Reply
-from fedsplit.federation.replies import KEPT_METRICS
-from fedsplit.federation.strategy import State, named
+from fedsplit.federation.replies import KEPT_METRICS, NORM_BIT
+from fedsplit.federation.strategy import State, aggregated_parts, named
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Task, Traits
@@ -118,29 +118,36 @@ class FlowerAggregation:
                 raise FederationFailed(f"the strategy sent a message to a node that is no client: {message.metadata}")
             settings = self._settings(message)
             tensors = records.from_arrays(message.content.array_records[ADAPTERS])
-            task = Task(proximal=float(settings.get(records.PROXIMAL, 0.0)))
+            task = Task(proximal=float(settings.pop(records.PROXIMAL, 0.0)), settings=settings)
             assigned[clients[node]] = Assignment(adapters.with_tensors(tensors), task)
         return assigned
 
     def _settings(self, message: Message) -> dict[str, Any]:
-        """Returns the settings in a message to a client.
+        """Returns the settings in a message to a client, without the round.
 
         Raises:
-            FederationFailed: The message has a record or a setting that clients do not know, such as clipping for
-                differential privacy. Without this error, the run would silently do without the clipping.
+            FederationFailed: The message has a record that clients do not know, or a setting for a mod, such as
+                clipping for differential privacy, and the run has no mods, or the trunk trains adapters that no mod
+                sees. Without this error, the run would silently do without the clipping.
         """
         name = type(self._strategy).__name__
         content = message.content
         if content.keys() != {ADAPTERS, records.CONFIG}:
             known = f"the records {ADAPTERS} and {records.CONFIG}"
             raise FederationFailed(f"{name} sends clients {', '.join(sorted(content))}; they read {known}")
-        settings = dict(content.config_records[records.CONFIG])
-        unknown = sorted(settings.keys() - {records.ROUND, records.PROXIMAL})
-        if unknown:
-            known = f"{records.ROUND} and {records.PROXIMAL}"
+        settings: dict[str, Any] = dict(content.config_records[records.CONFIG])
+        settings.pop(records.ROUND, None)
+        for_mods = sorted(settings.keys() - {records.PROXIMAL})
+        if for_mods and not self._config.mods:
             raise FederationFailed(
-                f"{name} sends clients the setting {unknown[0]}, of which they know nothing: the half of it that works "
-                f"at the client is missing, and the run would go on without it; clients know {known}"
+                f"{name} sends clients the setting {for_mods[0]}, of which they know nothing: the half of it that "
+                "works at the client is missing, and the run would go on without it; --mods names that half, such as "
+                f"fixedclipping_mod; without mods, clients know {records.ROUND} and {records.PROXIMAL}"
+            )
+        if for_mods and "trunk" in aggregated_parts(self._config):
+            raise FederationFailed(
+                f"{name} sends clients the setting {for_mods[0]}, and the trunk trains a copy of its adapter for each "
+                "client, which no mod sees; --share bottom,top leaves the copies out of the aggregate"
             )
         return settings
 
@@ -159,7 +166,8 @@ class FlowerAggregation:
 
     def _message(self, update: ClientUpdate, reply: Reply) -> Message:
         """Returns an update in the form of a reply to Flower."""
-        metrics = {name: reply.metrics[name] for name in KEPT_METRICS if name in reply.metrics}
+        kept = (*KEPT_METRICS, NORM_BIT)
+        metrics = {name: reply.metrics[name] for name in kept if name in reply.metrics}
         # Flower's strategies weight by the number of examples. The weights of `--weights` take its place.
         metrics[records.WEIGHT] = update.examples if update.weight is None else int(update.weight)
         content = RecordDict(

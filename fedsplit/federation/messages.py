@@ -223,7 +223,6 @@ def trained(
     peak_memory: int,
     seconds: float = 0.0,
     sample_seconds: float = 0.0,
-    encoded: Mapping[str, Tensor] | None = None,
 ) -> Reply:
     """Makes the reply to `Train`.
 
@@ -234,7 +233,6 @@ def trained(
         peak_memory: Largest resident memory of the client's process, in bytes.
         seconds: Duration of the local steps.
         sample_seconds: Duration of the measurement of the sample.
-        encoded: The returned adapters as blobs (`fedsplit.federation.adapter_codec`); None without a codec.
     """
     metrics: dict[str, Any] = {
         "client": update.client,
@@ -250,12 +248,16 @@ def trained(
     if update.router_loss is not None:
         metrics["router-loss"] = update.router_loss
 
-    sent = update.adapters.tensors if encoded is None else encoded
-    groups = {ADAPTERS: _only(sent, returned)}
+    groups = {ADAPTERS: _only(update.adapters.tensors, returned)}
     control = _only(update.control, returned)
     if control:  # an empty group would be refused as one that nobody asked for
         groups[CONTROL] = control
     return _reply(update.client, metrics, groups)
+
+
+def with_adapters(reply: Reply, tensors: Mapping[str, Tensor]) -> Reply:
+    """Returns a reply to `Train` with other tensors for the adapters, such as encoded ones."""
+    return _reply(reply.client, reply.metrics, {**reply.tensors, ADAPTERS: tensors}, reply.about)
 
 
 def measured(client: int, score: Score, part: Score, peak_memory: int, seconds: float = 0.0) -> Reply:

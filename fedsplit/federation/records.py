@@ -36,8 +36,9 @@ from fedsplit.updates import RefusedUpdate, Task
 CONFIG, METRICS = "config", "metrics"
 """Names under which Flower's own strategies expect the records; that of the arrays is `ADAPTERS`."""
 
-TASK, FOLD, FAILURE = "task", "fold", "failure"
-"""Names of our own records: the strategy's terms, changes of base weights, and a failure's kind and reason."""
+TASK, FOLD, FAILURE, SETTINGS = "task", "fold", "failure", "settings"
+"""Names of our own records: the strategy's terms, changes of base weights, a failure's kind and reason, and the
+settings of one of Flower's strategies for the mods."""
 
 PROXIMAL = "proximal-mu"
 """Setting under which Flower's FedProx sends mu."""
@@ -136,6 +137,8 @@ def to_message(request: Request, node: int) -> Message:
     if isinstance(request, Train):
         content[ADAPTERS] = to_arrays(request.tensors)
         content[TASK] = _task_record(request)
+        if request.task.settings:
+            content[SETTINGS] = ConfigRecord(dict(request.task.settings))
         if request.task.control is not None:
             content[CONTROL] = to_arrays(request.task.control)
     elif isinstance(request, Evaluate):
@@ -197,7 +200,8 @@ def _task_fields(message: Message) -> dict[str, Any]:
     """Returns the fields of `Train` from the record that `_task_record` made."""
     terms: dict[str, Any] = dict(message.content.config_records[TASK])
     control = _tensors(message, CONTROL) if terms["controlled"] else None
-    task = Task(frozenset(terms["trains"]), terms["proximal"], control, terms["tail"], terms["decay"])
+    settings = dict(message.content.config_records.get(SETTINGS, {}))
+    task = Task(frozenset(terms["trains"]), terms["proximal"], control, terms["tail"], terms["decay"], settings)
     drawn = None if terms["drawn"] < 0 else terms["drawn"]
     return {"task": task, "drawn": drawn, "rank": terms["rank"], "kept": tuple(terms["kept"])}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedsplit.errors import SettingError
 from fedsplit.federation import messages
 from fedsplit.federation.aggregation import make_aggregation
 from fedsplit.federation.clients import ClientNode, FederationFailed
+from fedsplit.federation.messages import Briefing, Reply, Train
 from fedsplit.federation.replies import without_tensors
 from fedsplit.federation.strategy import aggregated_parts
 from fedsplit.federation.travel import stays
@@ -28,13 +30,16 @@ from fedsplit.scores import Score
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.config import Config
 from fedsplit.stages import LocalStep, RoundStart, Rows
-from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate, factor_of
+from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate, Task, factor_of
 
 _EXAMPLES = 4
 """Training examples that each invented client reports."""
 
 _TOKENS = 64
 """Tokens that each invented client reports."""
+
+_BRIEFING = Briefing(run="{}", trunk="", incarnation="", threads=1, store="")
+"""Briefing of an invented request, which nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def rehearse(make: Callable[[], Any], config: Config) -> None:
 
     Raises:
         SettingError: The strategy raises an error, ends the program, waits for nodes that never come, returns an
-            unusable value, or sends clients a setting that they do not know.
+            unusable value, or sends clients a setting that they do not know; or a mod fails.
     """
     with undisturbed(config.seed):
         start = _invented(outline(config, aggregated_parts(config)))
@@ -109,8 +114,45 @@ def _play(strategy: Any, config: Config, start: Adapters) -> None:
     updates = [invented_update(client, assigned[client], personal) for client in sorted(assigned)]
     if callable(getattr(strategy, "stage", None)):
         _try_stage(OwnStage(strategy, config.strategy), updates[0], read_facts(config_folder(config.model)).width)
-    replies = [without_tensors(messages.trained(update, (), Score(), peak_memory=0)) for update in updates]
+    updates, replies = _sent(config, updates, {client: one.task for client, one in assigned.items()})
     aggregation.aggregate(1, start, updates, replies)
+
+
+def _sent(
+    config: Config, updates: Sequence[ClientUpdate], tasks: Mapping[int, Task]
+) -> tuple[list[ClientUpdate], list[Reply]]:
+    """Returns invented updates and their replies, as the mods of the run leave them.
+
+    Raises:
+        SettingError: A mod refuses a message, raises an error, or leaves a setting of the strategy unread.
+    """
+    if not config.mods:
+        return list(updates), [without_tensors(_trained(update, (), {})) for update in updates]
+
+    from fedsplit.federation import mods  # imports Flower, which takes seconds
+
+    sent = []
+    replies = []
+    for update in updates:
+        assert update.given is not None
+        names = [name for name in update.adapters.tensors if tasks[update.client].teaches(name)]
+        given = {name: update.given.tensors[name] for name in names}
+        request = Train(_BRIEFING, update.client, round=1, task=tasks[update.client])
+        try:
+            reply = mods.tried(config, request, given, partial(_trained, update, names))
+        except mods.ModFailed as error:
+            allowed = f"mods that can play a round ({error}, on a trial before the first one)"
+            raise SettingError("mods", ",".join(config.mods), allowed) from error
+        tensors = {**update.adapters.tensors, **reply.tensors[messages.ADAPTERS]}
+        update.adapters.check_fits(tensors, "a mod of --mods")
+        sent.append(replace(update, adapters=update.adapters.with_tensors(tensors)))
+        replies.append(without_tensors(reply))
+    return sent, replies
+
+
+def _trained(update: ClientUpdate, names: Sequence[str], given: Mapping[str, Tensor]) -> Reply:
+    """Returns the reply of an invented client, whatever it starts from."""
+    return messages.trained(update, names, Score(), peak_memory=0)
 
 
 def _try_stage(stage: OwnStage, update: ClientUpdate, width: int) -> None:

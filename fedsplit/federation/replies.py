@@ -72,6 +72,10 @@ KEPT_METRICS = (
 """Metrics of a client's training that the server keeps until the end of the round; the same for every client."""
 
 
+NORM_BIT = "norm_bit"
+"""Metric of Flower's adaptive clipping: 1 if the client's update was clipped, else 0."""
+
+
 def reported_failure(client: int, kind: str, reason: str) -> Failure:
     """Returns a failure that a client reports, with the reason cut to a line.
 
@@ -116,6 +120,7 @@ def to_update(
     report.check_sample(workload)
     report.check_memory()
     report.check_seconds(SECONDS, SAMPLE_SECONDS)
+    report.check_norm_bit()
     return ClientUpdate(
         client=reply.client,
         adapters=given.with_tensors({**given.tensors, **tensors}),
@@ -219,7 +224,8 @@ def without_tensors(reply: Reply) -> Reply:
     The update holds the tensors until the end of the round, so that a second copy would waste memory. Flower's
     strategies refuse to average replies with different metrics, so that a metric of a single client is dropped.
     """
-    metrics = {name: reply.metrics[name] for name in KEPT_METRICS if name in reply.metrics}
+    kept = (*KEPT_METRICS, NORM_BIT)
+    metrics = {name: reply.metrics[name] for name in kept if name in reply.metrics}
     return dataclasses.replace(reply, metrics=metrics, tensors={})
 
 
@@ -324,6 +330,15 @@ class _Report:
         """
         tokens = self.count("sample-tokens", most=workload.sample)
         self.amount("sample-nats", most=LARGEST_LOSS * tokens)
+
+    def check_norm_bit(self) -> None:
+        """Checks the bit of adaptive clipping, if there is one.
+
+        Raises:
+            RefusedUpdate: The bit is neither 0 nor 1.
+        """
+        if NORM_BIT in self._metrics:
+            self.count(NORM_BIT, "its bit of clipping", most=1)
 
     def router_loss(self, workload: Workload) -> float | None:
         """Returns the auxiliary loss of routers; None for a model without balanced routers.

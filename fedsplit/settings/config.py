@@ -232,6 +232,13 @@ class Config:
     push_to_hub: str = setting(
         "", ANYTHING, "upload the adapter with its model card to this repository of the Hub at the end, as org/name"
     )
+    mods: tuple[str, ...] = setting(
+        (),
+        NAMES,
+        "Flower's mods around the training of every client, the outermost first: fixedclipping_mod, LocalDpMod, "
+        "path/to/mine.py:my_mod, several separated by commas; for the engines ray and flower",
+        "--mod",
+    )
     track: tuple[str, ...] = setting(
         (),
         TRACKED,
@@ -266,6 +273,7 @@ class Config:
     objective_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     metric_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     sink_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    mod_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks every setting, for configurations from Python as well as from flags and files.
@@ -353,10 +361,11 @@ OPTIONS = {
     "objective": "objective_options",
     "metric": "metric_options",
     "sinks": "sink_options",
+    "mods": "mod_options",
 }
 """Field of the keyword arguments for a class, by the setting that names the class."""
 
-SEVERAL = ("metric", "sinks")
+SEVERAL = ("metric", "sinks", "mods")
 """Settings that name several classes. The key of an option is NAME.KEY, such as `rouge.stem`."""
 
 

@@ -210,6 +210,7 @@ def build(
     objective_options: Mapping[str, Any] | None = None,
     metric_options: Mapping[str, Any] | None = None,
     sink_options: Mapping[str, Any] | None = None,
+    mod_options: Mapping[str, Any] | None = None,
 ) -> Config:
     """Builds a configuration from settings by dotted name.
 
@@ -221,6 +222,7 @@ def build(
         objective_options: Keyword arguments for the objective.
         metric_options: Keyword arguments for metrics, by NAME.KEY or as a table by name.
         sink_options: Keyword arguments for sinks, by NAME.KEY or as a table by name.
+        mod_options: Keyword arguments for mods, by NAME.KEY or as a table by name.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for. All errors are
@@ -230,7 +232,7 @@ def build(
         >>> build({"clients": 4, "lora.rank": "4,8"}).lora.rank
         (4, 8)
     """
-    tables = (options, objective_options, metric_options, sink_options)
+    tables = (options, objective_options, metric_options, sink_options, mod_options)
     return draft(values, dict(zip(OPTIONS, tables, strict=True))).checked()
 
 

@@ -58,7 +58,7 @@ MAY_DIFFER = (
 )
 """Settings that may change when a run is resumed."""
 
-REPEATABLE = ("sinks", "metric", "track")
+REPEATABLE = ("sinks", "metric", "mods", "track")
 """Lists whose flag may be given several times. Each flag adds to the list."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import logging
@@ -11,6 +12,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,9 @@ _OBJECT_STORE = 512 * 2**20
 
 _CONNECT_SECONDS = 5.0
 """Time that a cluster has to take a connection."""
+
+_LOOK_SECONDS = 0.1
+"""Time between two looks at whether another thread has connected to a Ray."""
 
 _PREFIX = "fs-"
 """Beginning of the names of folders for Ray's sessions."""
@@ -135,6 +140,36 @@ def running(workers: float) -> Iterator[None]:
     # Lines about processes that the run ends come until Ray has shut down.
     with _session_folder() as folder, _without_lost_workers(), _connected(lambda: _start(workers, folder)):
         yield
+
+
+def keep_session_folder() -> None:
+    """Makes a Ray that this process starts by a plain `ray.init()` use a folder that no further user may enter.
+
+    The folder is removed when the process ends, or else by the next command that starts a Ray.
+
+    Raises:
+        ClusterFailed: No folder for temporary files is usable.
+    """
+    lasting = contextlib.ExitStack()
+    folder = lasting.enter_context(_session_folder())
+    atexit.register(lasting.close)
+    os.environ["RAY_TMPDIR"] = str(folder)
+
+
+def wait_until_started(seconds: float) -> None:
+    """Waits until the main thread of this process has connected to a Ray.
+
+    Args:
+        seconds: Longest wait.
+
+    Raises:
+        ClusterFailed: The main thread has not connected in time, or has ended.
+    """
+    until = time.monotonic() + seconds
+    while not ray.is_initialized():
+        if time.monotonic() > until or not threading.main_thread().is_alive():
+            raise ClusterFailed("this process was started without a Ray, which plays clients and trunk")
+        time.sleep(_LOOK_SECONDS)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedsplit.corpora.data_table import Table
@@ -52,6 +53,41 @@ def partition_of(config: Config) -> Partition:
         end=read_facts(path).end,
         data=config.data,
     )
+
+
+def shard_of_site(config: Config, name: str) -> Shard:
+    """Returns the data of a client that reads its own data set. All rows are the client's, whoever owns them.
+
+    Args:
+        config: Settings of the run, with the data set of the client.
+        name: Name of the client.
+
+    Raises:
+        SettingError: The data set cannot be read, or has too little text to train on and to hold out.
+
+    Example:
+        >>> shard_of_site(Config(dataset="synthetic"), "ward a").name
+        'ward a'
+    """
+    path = config_folder(config.model)
+    table = _without_owners(read_table(config.dataset, config.data, seed=config.seed), config.data, name)
+    held_out = None
+    if config.data.held_out:
+        held_out = _without_owners(read_held_out(config.dataset, config.data), config.data, name)
+    data = replace(config.data, owner=DataSettings().owner)
+    reading = reading_of(table, data, path, read_facts(path).end, PartitionSpec("natural"))
+    sharder = Sharder(table, reading, config.train.max_length, held_out)
+    shards, lacking, _ = shards_by_owner(sharder)
+    if not shards:
+        raise too_few_owners(sharder, 1, 0, lacking)
+    return shards[0]
+
+
+def _without_owners(table: Table, data: DataSettings, name: str) -> Table:
+    """Returns a table whose rows have one owner of a name."""
+    of_owners = (data.owner, DataSettings().owner)
+    columns = {column: values for column, values in table.columns.items() if column not in of_owners}
+    return replace(table, name=name, columns=columns)
 
 
 def shards_of(config: Config) -> list[Shard]:

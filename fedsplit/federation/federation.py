@@ -30,6 +30,7 @@ from fedsplit.federation.round_cost import Cost
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.run_summary import norms_of, summarise
 from fedsplit.federation.run_totals import RunTotals
+from fedsplit.federation.site import name_of_run
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.supervision import GivenUp, Supervisor
 from fedsplit.federation.virtual_time import VirtualTime, VirtualTotals, round_event
@@ -99,6 +100,8 @@ class Federation:
         self.summary: dict[str, Any] | None = None
         self._virtual: VirtualTime | None = None
         self._workloads = list(job.workloads or ())
+        at_sites = job.config.data.at == "site"
+        self._store = name_of_run(job.folder.clients) if at_sites else str(job.folder.clients)
 
     @property
     def disks(self) -> Path:
@@ -131,8 +134,13 @@ class Federation:
             state.virtual = VirtualTotals()
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
         self._job.emit(Notice(text=coverage(self._config, trained)))
-        if self._config.data.at == "label" and state.ledger.has_personal:
-            words = f"the adapters that clients keep for themselves stay on their nodes, in {self._config.data.folder}"
+        if self._config.data.at in ("label", "site") and state.ledger.has_personal:
+            where = (
+                f"on their nodes, in {self._config.data.folder}"
+                if self._config.data.at == "label"
+                else "at their sites"
+            )
+            words = f"the adapters that clients keep for themselves stay {where}"
             self._job.emit(Notice(text=words))
         snapshot = self._job.folder.snapshot()
         self._report_start(clients, parameters, snapshot)
@@ -163,7 +171,7 @@ class Federation:
             trunk=self._host.name,
             incarnation=self._trunk.status().incarnation,
             threads=self._threads,
-            store=str(job.folder.clients),
+            store=self._store,
             personal="".join(sorted(self._aggregation.traits.personal)),
             stage=Objects(job.strategy).has_stage,
         )

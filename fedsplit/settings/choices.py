@@ -80,7 +80,7 @@ PAIRS = "preference"
 """Format of pairs of texts, of which one is preferred."""
 PACKING = ("auto", "true", "false")
 SYNCS = ("round", "step")
-PLACES = ("driver", "shared", "label")
+PLACES = ("driver", "shared", "label", "site")
 
 # Virtual tokens and prefixes.
 PROMPTED = ("prompt", "ptuning", "prefix")

@@ -311,8 +311,9 @@ def _check_unchanged(values: Mapping[str, object], options: Options, file: Path 
     changed = [name for name in values if name not in MAY_DIFFER]
     if "data.at" in values:
         before = read_toml(Path(str(run)) / "config.toml")[0].get("data.at")
-        if before != values["data.at"] and "label" in (before, values["data.at"]):
-            raise InputError("data.at cannot be set for a run that goes on: under label, nodes keep the clients' state")
+        if before != values["data.at"] and {"label", "site"} & {before, values["data.at"]}:
+            words = "under label and site, the clients' nodes keep the clients' state"
+            raise InputError(f"data.at cannot be set for a run that goes on: {words}")
     fixed = {setting: keywords for setting, keywords in options.items() if setting not in MAY_DIFFER}
     changed += [f"{setting}.{name}" for setting, keywords in fixed.items() for name in keywords]
     if file is not None:

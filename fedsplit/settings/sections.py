@@ -252,7 +252,8 @@ class DataSettings:
         one_of(PLACES),
         "on a Ray cluster; driver: a client's data and state travel to the node that plays the client, where they are "
         "not yet; shared: all nodes see the folder of --out; label: a client is played on the node whose label "
-        "fedsplit-clients has its number, such as 0-3_7, and its data and state stay there",
+        "fedsplit-clients has its number, such as 0-3_7, and its data and state stay there; site: each client is a "
+        "site with data and settings of its own (fedsplit client), and the run is one of flwr run",
     )
     folder: str = setting(
         "~/.fedsplit",

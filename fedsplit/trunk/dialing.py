@@ -11,7 +11,7 @@ from fedsplit.wire.certificate_set import CLIENTS, FEDERATION, TRUNK
 from fedsplit.wire.grpc_address import GrpcAddress, check_encrypted
 from fedsplit.wire.grpc_client import GrpcClient
 from fedsplit.wire.identities import read_identities
-from fedsplit.wire.tls import problem
+from fedsplit.wire.tls import CERTIFICATE, problem
 from fedsplit.wire.token_files import read_token
 
 
@@ -30,12 +30,12 @@ def dial_of(config: Config, patience: float | None = None) -> Dial:
     trunk = config.trunk
     host, port = trunk.server_address
     token = read_token(Path(trunk.token_file))
-    names = _names(Path(trunk.tls)) if trunk.tls else {}
+    names = _names(Path(trunk.tls)) if trunk.tls and not _is_own(Path(trunk.tls)) else {}
 
     def dial(client: int | None) -> GrpcClient:
         folder = ""
         if trunk.tls:
-            folder = str(Path(trunk.tls) / _folder_of(client, names))
+            folder = trunk.tls if _is_own(Path(trunk.tls)) else str(Path(trunk.tls) / _folder_of(client, names))
         address = GrpcAddress(host, port, folder, token)
         return GrpcClient(address, client, patience=trunk.wait if patience is None else patience)
 
@@ -72,7 +72,10 @@ def check_server(config: Config) -> None:
         raise SettingError(
             "trunk.server", trunk.server, f"an address of this machine without --trunk.tls ({error})"
         ) from error
-    if trunk.tls:
+    if trunk.tls and _is_own(Path(trunk.tls)):
+        if reason := problem(Path(trunk.tls)):
+            raise SettingError("trunk.tls", trunk.tls, f"a folder with the party's certificate ({reason})")
+    elif trunk.tls:
         _check_set(config, Path(trunk.tls))
 
 
@@ -93,6 +96,11 @@ def _check_set(config: Config, folder: Path) -> None:
         reason = problem(folder / _folder_of(client, names))
         if reason:
             raise SettingError("trunk.tls", folder, f"{allowed} ({reason})")
+
+
+def _is_own(folder: Path) -> bool:
+    """Returns True for the folder of one party's certificate, and not of a set of all parties'."""
+    return (folder / CERTIFICATE).is_file()
 
 
 def _names(folder: Path) -> dict[int, str]:

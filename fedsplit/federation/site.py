@@ -1,0 +1,186 @@
+"""A client at a site of its own: its data, its state and its way to the trunk are the site's business.
+
+A server's request carries the settings of the run. The site replaces the settings that are its own, refuses a run that
+would have the site import code, and keeps data and state in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from fedsplit.corpora.partition import shard_of_site
+from fedsplit.corpora.shards import remove_left, shard_file, write_shard
+from fedsplit.durable import write_text
+from fedsplit.errors import InputError, SettingError, check_all
+from fedsplit.federation.messages import Request
+from fedsplit.settings.config import OPTIONS, SETTINGS, Config
+from fedsplit.settings.documents import as_document, dotted, draft, from_document, suggest
+from fedsplit.settings.flags import read_toml
+
+_PLACES = ("dataset", "data.held_out", "init_adapter", "trunk.server", "trunk.token_file", "trunk.tls")
+"""Settings that name files and servers. What a run says of them is ignored: no server chooses them for a site."""
+
+OWN = (*_PLACES, "model", "device", "threads", "trunk.wait")
+"""Settings of a run that a site may set, beside those of the section `data`."""
+
+_NAME_OF_RUN = "run-of-sites"
+"""File at the server with the name by which sites know a run."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A client at a site of its own.
+
+    Attributes:
+        client: Number of the client, from 0: at the trunk, the number of the certificate's name.
+        name: Name of the client, which the server learns.
+        folder: Folder of the site for data and state of runs.
+        settings: Settings that replace those of a run, by dotted name.
+        allows_code: True if a run may name code that the site imports, beside fedsplit's own.
+
+    Example:
+        >>> site = Site(0, "ward a", Path("state"), {"dataset": "notes.jsonl", "trunk.server": "127.0.0.1:50052"})
+        >>> from fedsplit.settings.documents import build
+        >>> site.settings_for(build({"data.at": "site", "rounds": 3})).dataset
+        'notes.jsonl'
+    """
+
+    client: int
+    name: str
+    folder: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    allows_code: bool = False
+
+    def settings_for(self, run: Config) -> Config:
+        """Returns the settings of a run at this site.
+
+        Raises:
+            InputError: The site does not play the run. All reasons are reported together.
+        """
+        check_all(self._objections(run))
+        document = as_document(run)
+        options = {setting: document.pop(table) for setting, table in OPTIONS.items()}
+        of_run = {name: value for name, value in dotted(document).items() if name not in _PLACES}
+        return draft({**of_run, **self.settings}, options).checked()
+
+    def _objections(self, run: Config) -> Iterator[InputError]:
+        """Yields the reasons for which the site does not play a run."""
+        if run.data.at != "site":
+            yield SettingError("data.at", run.data.at, "site: this client keeps its data for itself")
+        if run.init_adapter and "init_adapter" not in self.settings:
+            yield SettingError(
+                "init_adapter", "the run's", f"none, since the site {self.name} has no adapter to start from"
+            )
+        if self.allows_code:
+            return
+        named = {"strategy": (run.strategy,), "objective": (run.objective,), "metric": run.metric, "mods": run.mods}
+        for setting, specs in named.items():
+            for spec in specs:
+                # Flower's own mods and strategies are installed with fedsplit.
+                if ":" in spec and not spec.startswith("flwr."):
+                    allowed = f"code that comes with fedsplit; the site {self.name} imports no other for a run"
+                    yield SettingError(setting, spec, allowed)
+
+    def received(self, request: Request) -> Request:
+        """Returns a server's request as this site carries it out: with its own settings, data and state.
+
+        The first request of a run reads the data set, and writes the sequences of the client to the site's folder.
+
+        Raises:
+            InputError: The site does not play the run, or its data cannot be used.
+        """
+        config = self.settings_for(from_document(json.loads(request.briefing.run)))
+        root = (self.folder / _checked_name(request.briefing.store)).absolute()
+        if not shard_file(root, self.client).exists():
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_shard(root, self.client, shard_of_site(config, self.name))
+        threads = config.threads or request.briefing.threads
+        run = json.dumps(as_document(config))
+        briefing = replace(request.briefing, run=run, store=str(root), threads=threads)
+        return replace(request, client=self.client, briefing=briefing)
+
+    def remove_data(self) -> int:
+        """Removes the sequences that runs have left in the site's folder. The state stays, for runs that go on.
+
+        Returns:
+            The number of runs with data.
+        """
+        roots = [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
+        return sum(bool(remove_left(root)) for root in roots)
+
+
+def _checked_name(run: str) -> str:
+    """Returns the name by which sites know a run. A server must not choose a path at a site.
+
+    Raises:
+        SettingError: It is no name that `name_of_run` has made.
+    """
+    if not (len(run) == 32 and run.isascii() and run.isalnum()):
+        raise SettingError("data.at", "site", "a server that names its run for sites")
+    return run
+
+
+def name_of_run(folder: Path) -> str:
+    """Returns the name by which sites know a run: their state of other runs must not be taken for the run's.
+
+    Args:
+        folder: Folder in which the run's server keeps the name, so that a resumed run has the same.
+    """
+    file = folder / _NAME_OF_RUN
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, uuid4().hex)
+    return file.read_text(encoding="utf-8")
+
+
+def read_site(path: Path) -> Site:
+    """Reads a site's file.
+
+    Args:
+        path: A TOML file with `client`, `name`, `folder` and, if the site wants it, `allow-code`; and with the site's
+            settings.
+
+    Raises:
+        InputError: The file cannot be read, or a value is not possible. All errors are reported together.
+    """
+    values, options = read_toml(path)
+    errors: list[InputError] = [
+        SettingError(table, "a table", "none in a site's file") for table, given in options.items() if given
+    ]
+    fields = {name: values.pop(name, None) for name in ("client", "name", "folder", "allow-code")}
+    errors += _wrong_fields(fields)
+    for name in values:
+        if name not in OWN and not name.startswith("data."):
+            known = [*OWN, *(setting for setting in SETTINGS if setting.startswith("data."))]
+            hint = suggest(name, known) if name not in SETTINGS else "it is the run's to set"
+            errors.append(InputError(f"{path}: a site cannot set {name}; {hint}"))
+    for name, words in (("dataset", "the data set of the site"), ("trunk.server", "the address of the trunk")):
+        if name not in values:
+            errors.append(SettingError(name, "nothing", words))
+    errors += draft({name: value for name, value in values.items() if name in SETTINGS}, {}).errors
+    check_all(errors)
+    return Site(
+        client=fields["client"],  # type: ignore[arg-type]  # checked above
+        name=str(fields["name"]),
+        folder=Path(str(fields["folder"])),
+        settings=values,
+        allows_code=bool(fields["allow-code"]),
+    )
+
+
+def _wrong_fields(fields: Mapping[str, object]) -> Iterator[SettingError]:
+    """Yields an error for each wrong value of a site's own fields."""
+    client = fields["client"]
+    if type(client) is not int or client < 0:
+        yield SettingError("client", client, "a whole number from 0")
+    for name in ("name", "folder"):
+        value = fields[name]
+        if not isinstance(value, str) or not value:
+            yield SettingError(name, value, "a text")
+    if fields["allow-code"] not in (None, True, False):
+        yield SettingError("allow-code", fields["allow-code"], "true | false")

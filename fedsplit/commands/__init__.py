@@ -13,6 +13,7 @@ COMMANDS = {
     "estimate": "estimate bytes, memory and seconds of a run from a config.json, without weights",
     "check": "put a strategy, an objective or a metric of your own to its contract",
     "new": "make a project with a strategy, an objective and data of your own",
+    "client": "play one client of a federation at a site of its own",
     "prove": "compare a small copy of a model, cut at every place, with the same copy uncut",
     "serve": "offer a trunk to a federation of other processes and machines, over gRPC",
     "certificates": "make certificates for tests of a trunk over gRPC",

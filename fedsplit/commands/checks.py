@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.corpora.loaders import path_of
 from fedsplit.errors import SettingError, check_all
-from fedsplit.settings.choices import PARTS
+from fedsplit.settings.choices import FORMATS, PARTS
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import set_by_user
 from fedsplit.settings.sections import PromptSettings, TrainSettings
@@ -314,8 +314,22 @@ def check_places(config: Config) -> None:
     check_all(_wrong_places(config))
 
 
+def _wrong_at_sites(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting that does not fit clients at sites of their own."""
+    if config.engine != "flower":
+        yield SettingError("engine", config.engine, "flower with --data.at site, in a run of flwr run")
+    if not config.trunk.server:
+        yield SettingError("trunk.server", "nothing", "the address of the trunk with --data.at site")
+    if config.data.format in ("auto", "classification"):
+        allowed = " | ".join(name for name in FORMATS if name not in ("auto", "classification"))
+        words = f"{allowed} with --data.at site, where the server reads no data"
+        yield SettingError("data.format", config.data.format, words)
+
+
 def _wrong_places(config: Config) -> Iterator[SettingError]:
     """Yields an error for each setting that does not fit clients which are pinned to nodes."""
+    if config.data.at == "site":
+        yield from _wrong_at_sites(config)
     if config.data.at != "label":
         return
     if config.engine != "ray" or config.ray.address == "local":

@@ -11,7 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.commands.run_checks import checked
 from fedsplit.commands.simulate import run
-from fedsplit.engines import flower_runtime
+from fedsplit.corpora.sharding import Partition
+from fedsplit.engines import flower_runtime, flower_sites
 from fedsplit.environment import private_files
 from fedsplit.errors import InputError, SettingError
 from fedsplit.federation.clients import FederationFailed
@@ -34,9 +35,12 @@ def main(grid: Grid, context: Context) -> None:
     warnings.simplefilter("ignore")  # libraries warn of much that no user can change
     try:
         with private_files():
-            flower_runtime.wait_for_ray()
             config = config_of(dict(context.run_config), len(list(grid.get_node_ids())))
-            summary = run(config, opens=flower_runtime.opens(grid))
+            if config.data.at == "site":
+                summary = run(config, opens=flower_sites.opens(grid), read=unread)
+            else:
+                flower_runtime.wait_for_ray()
+                summary = run(config, opens=flower_runtime.opens(grid))
     except InputError as error:
         for each in error.errors:
             print("fedsplit:", each, file=sys.stderr)  # the same line as that of the command, before Flower's traceback
@@ -45,6 +49,11 @@ def main(grid: Grid, context: Context) -> None:
         raise FederationFailed(str(hung)) from hung
     if not summary["complete"]:
         raise FederationFailed(f"the run ended early: {summary['ended']}")
+
+
+def unread(config: Config) -> Partition:
+    """Returns the data of a run whose clients read their data at their own sites: nothing that the server knows."""
+    return Partition([], config.data.format, packed=False, by="", cut=0, dropped=0)
 
 
 def config_of(run_config: dict[str, Value], nodes: int) -> Config:
@@ -67,7 +76,7 @@ def config_of(run_config: dict[str, Value], nodes: int) -> Config:
         raise SettingError("engine", config.engine, f"{ENGINE} under flwr run, since Flower starts the clients")
     if config.ray.address != "local":
         raise SettingError("ray.address", config.ray.address, "local under flwr run, whose Ray Flower starts")
-    if config.clients != nodes:
+    if config.clients != nodes and config.data.at != "site":  # sites may connect later
         how = f"flwr run . --federation-config 'num-supernodes={config.clients}' simulates another number"
         allowed = f"{nodes}, the number of SuperNodes, or 0; {how}"
         raise SettingError("clients", config.clients, allowed)

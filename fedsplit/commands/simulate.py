@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fedsplit.commands.exit_codes import ENDED_EARLY, exit_code
 from fedsplit.commands.run_checks import check, checked, with_format
 from fedsplit.environment import prepare
-from fedsplit.errors import InputError
+from fedsplit.errors import InputError, SettingError
 from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
@@ -63,6 +63,8 @@ def run(
 
     # A run that is stopped during the checks has no folder yet, unless the run goes on in an older folder.
     resumed = Path(config.resume) if config.resume else None
+    if config.data.at == "site" and opens is None:
+        raise SettingError("data.at", "site", "driver | shared | label; with flwr run, each client may be a site")
     with advised(lambda: how_to_go_on(resumed)):
         folder, strategy, partition = check(config, objects, read)
     config = with_format(config, partition.format)
@@ -109,7 +111,8 @@ def run(
             # The folder of the run is made here, after everything that can be wrong at the start.
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(partition))
-            work = workloads(config, [shard.size for shard in partition.shards])
+            at_sites = config.data.at == "site"  # then the sites tell the sizes of their data
+            work = None if at_sites else workloads(config, [shard.size for shard in partition.shards])
             job = Job(config, strategy, work, results, emit, started, watchdog)
             federation = Federation(job, session, session.plan.client_threads)
             with on_disks(results.clients, partition.shards):

@@ -216,7 +216,7 @@ class ClientService:
             return self.serve(request, around)
         except (Exception, SystemExit) as error:  # a client may fail in any way, and the others go on
             logging.getLogger(__name__).debug("client %d failed", request.client, exc_info=True)  # for --debug
-            return _failure(request.client, error)
+            return failure_of(request.client, error)
 
     def serve(self, request: Request, around: Around | None = None) -> Reply:
         """Serves a request.
@@ -255,7 +255,7 @@ class ClientService:
         return _Visit(site, client, ClientStore(root, request.client))
 
 
-def _failure(client: int, error: BaseException) -> Failure:
+def failure_of(client: int, error: BaseException) -> Failure:
     """Returns an error as a failure. The class of an error is named, except for fedsplit's errors."""
     kind = type(error).__name__
     reason = " ".join(str(error).split())

@@ -135,11 +135,8 @@ class Federation:
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
         self._job.emit(Notice(text=coverage(self._config, trained)))
         if self._config.data.at in ("label", "site") and state.ledger.has_personal:
-            where = (
-                f"on their nodes, in {self._config.data.folder}"
-                if self._config.data.at == "label"
-                else "at their sites"
-            )
+            at_sites = self._config.data.at == "site"
+            where = "at their sites" if at_sites else f"on their nodes, in {self._config.data.folder}"
             words = f"the adapters that clients keep for themselves stay {where}"
             self._job.emit(Notice(text=words))
         snapshot = self._job.folder.snapshot()

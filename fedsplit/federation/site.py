@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import tomli_w
+
+from fedsplit.corpora.loaders import path_of
 from fedsplit.corpora.partition import shard_of_site
 from fedsplit.corpora.shards import remove_left, shard_file, write_shard
 from fedsplit.durable import write_text
@@ -27,6 +30,12 @@ _PLACES = ("dataset", "data.held_out", "init_adapter", "trunk.server", "trunk.to
 
 OWN = (*_PLACES, "model", "device", "threads", "trunk.wait")
 """Settings of a run that a site may set, beside those of the section `data`."""
+
+NODE_KEY = "fedsplit-site"
+"""Key of a SuperNode's configuration: the file of a site. Without it, the SuperNode is one of a simulation."""
+
+_FIELDS = ("client", "name", "folder", "allow-code")
+"""Values of a site beside its settings."""
 
 _NAME_OF_RUN = "run-of-sites"
 """File at the server with the name by which sites know a run."""
@@ -73,9 +82,8 @@ class Site:
         if run.data.at != "site":
             yield SettingError("data.at", run.data.at, "site: this client keeps its data for itself")
         if run.init_adapter and "init_adapter" not in self.settings:
-            yield SettingError(
-                "init_adapter", "the run's", f"none, since the site {self.name} has no adapter to start from"
-            )
+            allowed = f"none, since the site {self.name} has no adapter to start from"
+            yield SettingError("init_adapter", "the run's", allowed)
         if self.allows_code:
             return
         named = {"strategy": (run.strategy,), "objective": (run.objective,), "metric": run.metric, "mods": run.mods}
@@ -142,35 +150,70 @@ def read_site(path: Path) -> Site:
     """Reads a site's file.
 
     Args:
-        path: A TOML file with `client`, `name`, `folder` and, if the site wants it, `allow-code`; and with the site's
-            settings.
+        path: A TOML file with the values that `make_site` takes.
 
     Raises:
         InputError: The file cannot be read, or a value is not possible. All errors are reported together.
     """
-    values, options = read_toml(path)
-    errors: list[InputError] = [
-        SettingError(table, "a table", "none in a site's file") for table, given in options.items() if given
-    ]
-    fields = {name: values.pop(name, None) for name in ("client", "name", "folder", "allow-code")}
+    return make_site(*read_toml(path))
+
+
+def make_site(values: Mapping[str, object], options: Mapping[str, Any]) -> Site:
+    """Makes a site from the values of its file.
+
+    Args:
+        values: Values by dotted name: `client`, `name`, `folder` and, if the site wants it, `allow-code`; and the
+            site's settings.
+        options: Tables of options by setting. A site has none.
+
+    Raises:
+        InputError: A value is not possible. All errors are reported together.
+    """
+    errors: list[InputError] = []
+    errors += [SettingError(table, "a table", "none of a site") for table, given in options.items() if given]
+    fields = {name: values.get(name) for name in _FIELDS}
+    settings = {name: value for name, value in values.items() if name not in _FIELDS}
     errors += _wrong_fields(fields)
-    for name in values:
+    for name in settings:
         if name not in OWN and not name.startswith("data."):
-            known = [*OWN, *(setting for setting in SETTINGS if setting.startswith("data."))]
-            hint = suggest(name, known) if name not in SETTINGS else "it is the run's to set"
-            errors.append(InputError(f"{path}: a site cannot set {name}; {hint}"))
+            known = [*_FIELDS, *OWN, *(setting for setting in SETTINGS if setting.startswith("data."))]
+            hint = "it is the run's to set" if name in SETTINGS else suggest(name, known)
+            errors.append(InputError(f"a site cannot set {name}; {hint}"))
     for name, words in (("dataset", "the data set of the site"), ("trunk.server", "the address of the trunk")):
-        if name not in values:
+        if name not in settings:
             errors.append(SettingError(name, "nothing", words))
-    errors += draft({name: value for name, value in values.items() if name in SETTINGS}, {}).errors
+    errors += draft({name: value for name, value in settings.items() if name in SETTINGS}, {}).errors
     check_all(errors)
     return Site(
-        client=fields["client"],  # type: ignore[arg-type]  # checked above
+        client=int(str(fields["client"])),
         name=str(fields["name"]),
         folder=Path(str(fields["folder"])),
-        settings=values,
+        settings=settings,
         allows_code=bool(fields["allow-code"]),
     )
+
+
+def write_site(site: Site) -> Path:
+    """Writes a site's file into the site's folder, for `read_site`. Paths in the file are absolute.
+
+    Returns:
+        The file.
+    """
+    settings = dict(site.settings)
+    for name in (*_PLACES, "model"):
+        value = settings.get(name)
+        if isinstance(value, str) and value and path_of(value).exists():
+            settings[name] = str(Path(value).absolute())  # the processes of a SuperNode work in another folder
+    document: dict[str, Any] = {"client": site.client, "name": site.name, "folder": str(site.folder.absolute())}
+    document["allow-code"] = site.allows_code
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        table = document.setdefault(section, {}) if section else document
+        table[key] = value
+    file = site.folder.absolute() / "site.toml"
+    site.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_text(file, tomli_w.dumps(document))
+    return file
 
 
 def _wrong_fields(fields: Mapping[str, object]) -> Iterator[SettingError]:

@@ -1,0 +1,157 @@
+"""`fedsplit client`: a client at a site of its own, beside its data: a Flower SuperNode with the site's settings."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.environment import prepare
+from fedsplit.errors import InputError, SettingError, check_all
+from fedsplit.settings.command_line import Parser
+
+if TYPE_CHECKING:
+    from fedsplit.federation.site import Site
+
+_END_SECONDS = 20.0
+"""Time that the SuperNode has to end after a signal."""
+
+_SETTINGS = {
+    "dataset": "data set of the site, as for --dataset of a run",
+    "model": "the base model at this site (default: the run's)",
+    "server": "HOST:PORT of the trunk, where fedsplit serve runs",
+    "tls": "folder with the certificate of this client for the trunk: ca.pem, cert.pem and key.pem",
+    "token-file": "file with the trunk's token",
+    "device": "device of bottom and top (default: the run's)",
+}
+"""Flags of single settings, with their help."""
+
+_NAMES = {"server": "trunk.server", "tls": "trunk.tls", "token-file": "trunk.token_file"}
+"""Names of the settings whose flags are shorter."""
+
+
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
+    parser = Parser(
+        prog="fedsplit client",
+        description="Plays one client of a federation at a site of its own. The client loads bottom and top of the "
+        "model, keeps its data for itself, and needs neither Ray nor the trunk's weights.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--superlink", metavar="HOST:PORT", required=True, help="address of Flower's SuperLink")
+    secure = parser.add_mutually_exclusive_group(required=True)
+    secure.add_argument("--root-certificates", metavar="FILE", type=Path, help="authority of the SuperLink, for TLS")
+    secure.add_argument("--insecure", action="store_true", help="no TLS to the SuperLink, on this machine only")
+    parser.add_argument("--key", metavar="FILE", type=Path, help="private key by which the SuperLink knows this client")
+    of_site = parser.add_argument_group("the site", "Flags take precedence over the file.")
+    of_site.add_argument("--site", metavar="FILE.toml", type=Path, help="the site's settings")
+    of_site.add_argument("--client", metavar="N", type=int, help="number of the client, from 0")
+    of_site.add_argument("--name", metavar="NAME", help="name of the client")
+    of_site.add_argument("--folder", metavar="DIR", help="folder for data and state of runs")
+    of_site.add_argument("--allow-code", action="store_true", default=None, help="import code that a run names")
+    for name, help in _SETTINGS.items():
+        of_site.add_argument(f"--{name}", metavar="VALUE", help=help)
+    return parser
+
+
+def site_of(flags: Mapping[str, Any]) -> Site:
+    """Returns the site that the flags describe.
+
+    Raises:
+        InputError: A setting is wrong. All errors are reported together.
+    """
+    from fedsplit.federation.site import make_site
+    from fedsplit.settings.flags import read_toml
+
+    values, options = read_toml(flags["site"]) if flags["site"] else ({}, {})
+    for name in ("client", "name", "folder"):
+        if flags[name] is not None:
+            values[name] = flags[name]
+    if flags["allow_code"]:
+        values["allow-code"] = True
+    for flag in _SETTINGS:
+        value = flags[flag.replace("-", "_")]
+        if value is not None:
+            values[_NAMES.get(flag, flag)] = value
+    return make_site(values, options)
+
+
+def problems(site: Site, flags: Mapping[str, Any]) -> Iterator[InputError]:
+    """Yields an error for everything at the site that can be found wrong before a run begins."""
+    from fedsplit.corpora.tables import check_dataset
+    from fedsplit.settings.documents import build
+    from fedsplit.trunk.dialing import check_server
+
+    config = build({**site.settings, "data.at": "site"})
+    collector = ErrorCollector()
+    with collector.collecting():
+        check_dataset(config.dataset, config.data)
+    with collector.collecting():
+        check_server(config)
+    yield from collector.errors
+    for name in ("root_certificates", "key"):
+        file: Path | None = flags[name]
+        if file is not None and not file.is_file():
+            yield SettingError(name.replace("_", "-"), file, "a file that is there")
+    host = flags["superlink"].rpartition(":")[0].strip("[]")
+    if flags["insecure"] and host not in ("127.0.0.1", "::1", "localhost"):
+        yield SettingError("superlink", flags["superlink"], "an address of this machine with --insecure")
+
+
+def supernode(flags: Mapping[str, Any], file: Path) -> list[str]:
+    """Returns the command line of the SuperNode.
+
+    Args:
+        flags: Flags of the command.
+        file: The site's file.
+    """
+    program = shutil.which("flower-supernode", path=str(Path(sys.executable).parent)) or "flower-supernode"
+    from fedsplit.federation.site import NODE_KEY
+
+    call = [program, "--superlink", flags["superlink"], "--node-config", f'{NODE_KEY}="{file}"', "--port", "0"]
+    if flags["insecure"]:
+        call.append("--insecure")
+    else:
+        call += ["--root-certificates", str(flags["root_certificates"])]
+    if flags["key"]:
+        call += ["--auth-supernode-private-key", str(flags["key"])]
+    return call
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
+
+    def work() -> int:
+        flags = vars(make_parser().read(argv).checked())
+        prepare()
+        from fedsplit.federation.site import write_site
+
+        site = site_of(flags)
+        check_all(problems(site, flags))
+        site = replace(site, folder=site.folder.absolute())
+        site.remove_data()  # that a killed command has left
+        file = write_site(site)
+        try:
+            with subprocess.Popen(supernode(flags, file)) as process:
+                try:
+                    return process.wait()
+                finally:
+                    _end(process)
+        finally:
+            site.remove_data()
+
+    return exit_code(work, argv)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the SuperNode, which ends the processes that play the client."""
+    process.terminate()
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()

@@ -138,7 +138,8 @@ def _called(mod: Mod, call_next: Callable[[Message, Context], Message], message:
 
 def _with_content(message: Message, content: RecordDict) -> Message:
     """Returns a message with the metadata of another one."""
-    shown = Message(content, dst_node_id=message.metadata.dst_node_id, message_type=MessageType.TRAIN)
+    with records.named_run():  # in a process of Flower's simulation, no run has a name
+        shown = Message(content, dst_node_id=message.metadata.dst_node_id, message_type=MessageType.TRAIN)
     shown.metadata.__dict__.update(message.metadata.__dict__)  # as Flower's own grids set the id
     return shown
 

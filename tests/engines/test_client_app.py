@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 from flwr.app import Context, Message, RecordDict
 
 from fedsplit.engines import client_app
 from fedsplit.federation import records
+from fedsplit.federation.client_service import Around
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import as_document
 
 BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
 
@@ -18,9 +24,11 @@ class Service:
     def __init__(self, given: Answer) -> None:
         self.given = given
         self.asked: list[Request] = []
+        self.around: list[Around | None] = []
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: Request, around: Around | None = None) -> Answer:
         self.asked.append(request)
+        self.around.append(around)
         return self.given
 
 
@@ -47,3 +55,13 @@ def test_a_failure_goes_back_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = Failure(3, "Diverged", "client 3 diverged at step 5")
     monkeypatch.setattr(client_app, "service", Service(failure))
     assert records.to_answer(deliver(Train(BRIEFING, 3), partition=3), 3) == failure
+
+
+def test_mods_work_around_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(Reply(3, {"loss": 2.5}))
+    monkeypatch.setattr(client_app, "service", service)
+    run = json.dumps(as_document(Config(mods=("message_size_mod",))))
+    for kind in (Introduce, Train, Evaluate):
+        deliver(kind(replace(BRIEFING, run=run), client=3), partition=3)
+    deliver(Train(replace(BRIEFING, run=json.dumps(as_document(Config()))), client=3), partition=3)
+    assert [around is not None for around in service.around] == [False, True, False, False]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
+from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from fedsplit.errors import SettingError
@@ -28,6 +29,13 @@ BY = {"a": 0.5, "b": -0.25}
 NORM = math.sqrt(2000 * (0.5**2 + 0.25**2))
 
 
+@pytest.fixture(autouse=True)
+def nameless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of Flower's simulation engine, in which no run has a name."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, None)
+
+
 def asked(**settings: Any) -> Train:
     return Train(Briefing("{}", "t", "i", 1, "/nowhere"), client=3, round=2, task=Task(settings=settings))
 
@@ -42,8 +50,8 @@ def behind(*mods: Callable[..., Any], **settings: Any) -> Reply:
     """Trains behind mods."""
     with records.named_run():
         message = Message(RecordDict(), dst_node_id=77, message_type="train")
-        context = Context(1, 77, {"partition-id": 3}, RecordDict(), {})
-        return ModChain(mods, message, context)(asked(**settings), GIVEN, train)
+    context = Context(1, 77, {"partition-id": 3}, RecordDict(), {})
+    return ModChain(mods, message, context)(asked(**settings), GIVEN, train)
 
 
 def change(reply: Reply) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ def answered(answer: Answer) -> Answer:
         Train(BRIEFING, 5, **FIELDS, tensors={"x": EDGES}, task=Task(frozenset("B"), 0.5, None, 0.9, 0.1)),
         Train(BRIEFING, 0, task=Task(control={"l.lora_A.weight": EDGES}), drawn=0),
         Train(BRIEFING, 0, task=Task(frozenset(), control={}), drawn=2**62 + 1),
+        Train(BRIEFING, 0, task=Task(settings={"clipping_norm": 0.1, "names": ["a", "b"], "is": True})),
         Evaluate(BRIEFING, 5, **FIELDS, tensors=dict(START.tensors)),
         Evaluate(BRIEFING, 5, **FIELDS, changes={"l": LowRank(torch.randn(4, 2), torch.randn(2, 3))}),
     ],

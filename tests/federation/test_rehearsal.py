@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.serverapp.strategy import Bulyan
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideAdaptiveClipping as AdaptiveDP
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping as ClientSideDP
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as ServerSideDP
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
@@ -26,7 +27,7 @@ from fedsplit.federation.rehearsal import rehearse
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.facts import read_facts
 from fedsplit.settings.config import Config
-from fedsplit.settings.documents import build
+from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.stages import GradientStage
 from strategies import STRATEGIES
 from strategies.fedavg import FedAvg
@@ -151,6 +152,7 @@ class Rate(FlowerFedAvg):
         return super().configure_train(server_round, arrays, config, grid)
 
 
+DP = ("clipping_norm", "sensitivity", "epsilon", "delta")
 NODES = {"min_available_nodes": 5, "min_train_nodes": 1, "fraction_evaluate": 0.0}
 
 
@@ -188,6 +190,56 @@ def test_what_cannot_play_a_round_is_refused(strategy: Any, words: str, config: 
 )
 def test_flowers_strategies_without_a_half_at_the_client_are_taken(strategy: Any, config: Config) -> None:
     rehearse(lambda: strategy, config)
+
+
+def with_mods(config: Config, *mods: str, **settings: Any) -> Config:
+    return from_document(as_document(config) | {"mods": list(mods)} | settings)
+
+
+def test_strategies_with_a_half_at_the_client_are_taken_with_their_mod(config: Config) -> None:
+    rehearse(lambda: ClientSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5), with_mods(config, "fixedclipping_mod"))
+    rehearse(lambda: AdaptiveDP(FlowerFedAvg(**NODES), 0.1, 5), with_mods(config, "adaptiveclipping_mod"))
+    local = with_mods(config, "LocalDpMod", mod_options={f"LocalDpMod.{name}": 1.0 for name in DP})
+    rehearse(lambda: FlowerFedAvg(**NODES), local)
+    rehearse(lambda: load_strategy("fedavg", {}, strategy_defaults(local)), local)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mods", "setting", "words"),
+    [
+        (
+            ClientSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5),
+            ["message_size_mod"],
+            "mods",
+            "no mod .* reads clipping_norm",
+        ),
+        (FlowerFedAvg(**NODES), ["fixedclipping_mod"], "mods", "requires the key 'clipping_norm'"),
+        (AdaptiveDP(FlowerFedAvg(**NODES), 0.1, 5), ["fixedclipping_mod"], "strategy", "'norm_bit'. not found"),
+    ],
+    ids=["size", "nothing", "wrong"],
+)
+def test_what_does_not_fit_the_mods_is_refused(
+    strategy: Any, mods: list[str], setting: str, words: str, config: Config
+) -> None:
+    with pytest.raises(SettingError, match=words) as caught:
+        rehearse(lambda: strategy, with_mods(config, *mods))
+    assert caught.value.setting == setting
+
+
+def test_a_control_variate_does_not_pass_by_a_mod(config: Config) -> None:
+    """It tells of the client's text as adapters do, and would leave the client without clipping and noise."""
+    local = with_mods(config, "LocalDpMod", mod_options={f"LocalDpMod.{name}": 1.0 for name in DP})
+    with pytest.raises(SettingError, match="LocalDpMod expects exactly one ArrayRecord, but found 2"):
+        rehearse(lambda: load_strategy("scaffold", {}, strategy_defaults(local)), local)
+
+
+def test_copies_of_the_trunks_adapter_are_not_aggregated_unclipped(config: Config) -> None:
+    """No mod sees them, and the noise is made for what has been clipped."""
+    copies = with_mods(config, "fixedclipping_mod", trunk={"schedule": "copies"})
+    with pytest.raises(SettingError, match="no mod sees; --share bottom,top leaves the copies out"):
+        rehearse(lambda: ClientSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5), copies)
+    alone = with_mods(config, "fixedclipping_mod", trunk={"schedule": "copies"}, share=["bottom", "top"])
+    rehearse(lambda: ClientSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5), alone)
 
 
 def test_a_strategys_own_stage_takes_a_step(config: Config) -> None:

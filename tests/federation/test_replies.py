@@ -149,6 +149,8 @@ def test_measurements_come_back() -> None:
         ({"seconds": math.inf}, "sent inf as its seconds"),
         ({"sample-seconds": None}, "sent nothing as its sample-seconds"),
         ({"router-loss": [0.0]}, "sent a list as its router-loss"),
+        ({"norm_bit": 2}, "sent 2 as its bit of clipping, not a whole number from 0 to 1"),
+        ({"norm_bit": math.nan}, "sent nan as its bit of clipping"),
     ],
     ids=str,
 )

@@ -71,6 +71,7 @@ ROOF = {"__main__", "api", "call", "inputs", "result", *DOORS}
 HOMES = {
     "accelerate": {"model.device_map", "tracking.trackers"},
     "bitsandbytes": {"optimization.optim", "model.quantization"},
+    "cryptography": {"wire.certificate_set"},
     "datasets": {"corpora.datasets_library", "corpora.partitioners", "inputs"},
     "flwr": {
         "federation.records",

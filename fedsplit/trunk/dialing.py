@@ -7,10 +7,9 @@ from pathlib import Path
 from fedsplit.errors import InputError, SettingError
 from fedsplit.settings.config import Config
 from fedsplit.trunk.remote import Dial, RemoteTrunk
-from fedsplit.wire.certificate_set import CLIENTS, FEDERATION, TRUNK
 from fedsplit.wire.grpc_address import GrpcAddress, check_encrypted
 from fedsplit.wire.grpc_client import GrpcClient
-from fedsplit.wire.identities import read_identities
+from fedsplit.wire.set_layout import folder_of, names_in
 from fedsplit.wire.tls import problem
 from fedsplit.wire.token_files import read_token
 
@@ -30,12 +29,12 @@ def dial_of(config: Config, patience: float | None = None) -> Dial:
     trunk = config.trunk
     host, port = trunk.server_address
     token = read_token(Path(trunk.token_file))
-    names = _names(Path(trunk.tls)) if trunk.tls else {}
+    names = names_in(Path(trunk.tls)) if trunk.tls else {}
 
     def dial(client: int | None) -> GrpcClient:
         folder = ""
         if trunk.tls:
-            folder = str(Path(trunk.tls) / _folder_of(client, names))
+            folder = str(Path(trunk.tls) / folder_of(client, names))
         address = GrpcAddress(host, port, folder, token)
         return GrpcClient(address, client, patience=trunk.wait if patience is None else patience)
 
@@ -84,22 +83,12 @@ def _check_set(config: Config, folder: Path) -> None:
     """
     allowed = f"a folder that fedsplit certificates has made, with {config.clients} clients or more"
     try:
-        names = _names(folder)
+        names = names_in(folder)
     except InputError as error:
         raise SettingError("trunk.tls", folder, f"{allowed} ({error})") from error
     for client in (None, *range(config.clients)):
         if client is not None and client not in names:
             raise SettingError("trunk.tls", folder, f"{allowed} (client {client} has no certificate)")
-        reason = problem(folder / _folder_of(client, names))
+        reason = problem(folder / folder_of(client, names))
         if reason:
             raise SettingError("trunk.tls", folder, f"{allowed} ({reason})")
-
-
-def _names(folder: Path) -> dict[int, str]:
-    """Returns the names of the clients in a set of certificates, by number."""
-    return {number: name for name, number in read_identities(folder / TRUNK).clients.items()}
-
-
-def _folder_of(client: int | None, names: dict[int, str]) -> Path:
-    """Returns the folder of a client in a set of certificates, or of the operator for None."""
-    return Path(FEDERATION) if client is None else Path(CLIENTS) / names[client]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +113,7 @@ class Task:
     control: Mapping[str, Tensor] | None = None
     tail: float = 1.0
     decay: float = 0.0
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def teaches(self, name: str) -> bool:
         """Returns True if the tensor of an exported name trains. Tensors that are no LoRA factors always train.

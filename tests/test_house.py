@@ -72,6 +72,7 @@ HOMES = {
     "accelerate": {"model.device_map", "tracking.trackers"},
     "bitsandbytes": {"optimization.optim", "model.quantization"},
     "datasets": {"corpora.datasets_library", "corpora.given", "corpora.loaders", "corpora.partitioners", "inputs"},
+    "cryptography": {"wire.certificate_set"},
     "flwr": {
         "flower_app",
         "commands.server_app",

@@ -55,7 +55,7 @@ def problems(folder: Path, clients: Sequence[str], hosts: Sequence[str], days: i
         >>> [str(error) for error in problems(Path("new"), ["a", "a"], [], 30)]
         ['clients: a is not possible; allowed: each name once']
     """
-    from fedsplit.wire.certificate_set import FEDERATION, TRUNK
+    from fedsplit.wire.set_layout import FEDERATION, TRUNK
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         yield SettingError("DIR", shortened(folder), "a folder that does not exist yet, or an empty one")
@@ -74,11 +74,12 @@ def problems(folder: Path, clients: Sequence[str], hosts: Sequence[str], days: i
 
 def explained(folder: Path, clients: Sequence[str], days: int) -> list[str]:
     """Returns lines about a set that was made: which folder goes where, and what it is for."""
-    from fedsplit.wire.certificate_set import CLIENTS, FEDERATION, IDENTITIES, TRUNK
+    from fedsplit.wire.identities import CLIENTS_FILE
+    from fedsplit.wire.set_layout import CLIENTS, FEDERATION, TRUNK
 
     return [
         f"certificates for tests, valid for {days} days; the key of their authority is not kept",
-        f"  {folder / TRUNK}: to the machine of the trunk, for fedsplit serve --tls; {IDENTITIES} names who is served",
+        f"  {folder / TRUNK}: to the machine of the trunk, for fedsplit serve --tls; {CLIENTS_FILE} says who is served",
         f"  {folder / FEDERATION}: to the operator of the federation",
         *(f"  {folder / CLIENTS / name}: to client {number}, {name}" for number, name in enumerate(clients)),
         "a key.pem is a secret: bring each folder to its party alone",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import prepare
-from fedsplit.errors import InputError, SettingError, check_all
+from fedsplit.errors import ErrorCollector, InputError, SettingError, check_all
 from fedsplit.settings.command_line import Parser
 
 if TYPE_CHECKING:

@@ -169,7 +169,10 @@ def serving(
     Raises:
         InputError: The certificates, the token or a limit cannot be used, or the port is taken.
     """
-    from fedsplit.wire.grpc_server import GrpcServer
+    try:
+        from fedsplit.wire.grpc_server import GrpcServer
+    except ModuleNotFoundError as error:
+        raise InputError(f"fedsplit serve needs {error.name}: install fedsplit[grpc]") from error
     from fedsplit.wire.identities import read_identities
     from fedsplit.wire.limits import Limits
     from fedsplit.wire.token_files import own_token

@@ -12,7 +12,7 @@ from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.trunk_terms import terms_of
 from fedsplit.settings.config import Config
 from fedsplit.trunk.port import TrunkPort
-from fedsplit.trunk.terms import Begun, Terms
+from fedsplit.trunk.run_terms import Begun, Terms
 from fedsplit.wire.packets import new_trunk_name
 from fedsplit.wire.tls import NotTrusted
 from fedsplit.wire.transport import TrunkLost

@@ -141,7 +141,7 @@ class AdapterLedger:
         tensors = {**start, **given, **self._own.get(client, {})}
         return Start(
             tensors,
-            assignment.task,
+            replace(assignment.task, settings={}),  # for mods, which work at the client alone
             own=self._control.get(client, {}),
             afresh=assignment.drawn is not None,
             kept=self._stage.get(client, {}),

@@ -200,7 +200,7 @@ def _task_fields(message: Message) -> dict[str, Any]:
     """Returns the fields of `Train` from the record that `_task_record` made."""
     terms: dict[str, Any] = dict(message.content.config_records[TASK])
     control = _tensors(message, CONTROL) if terms["controlled"] else None
-    settings = dict(message.content.config_records.get(SETTINGS, {}))
+    settings: Any = dict(message.content.config_records.get(SETTINGS, {}))
     task = Task(frozenset(terms["trains"]), terms["proximal"], control, terms["tail"], terms["decay"], settings)
     drawn = None if terms["drawn"] < 0 else terms["drawn"]
     return {"task": task, "drawn": drawn, "rank": terms["rank"], "kept": tuple(terms["kept"])}

@@ -10,7 +10,7 @@ from fedsplit.federation.manifest import code_of, digest, settings_of
 from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.model.weight_files import find_tensors
 from fedsplit.settings.config import Config
-from fedsplit.trunk.terms import Terms
+from fedsplit.trunk.run_terms import Terms
 
 OF_NO_MATTER = frozenset(
     {

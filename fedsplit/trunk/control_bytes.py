@@ -13,7 +13,7 @@ from typing import Any, get_args
 from fedsplit.errors import InputError, SettingError
 from fedsplit.optimization.own_stage import StageFailed
 from fedsplit.trunk import port
-from fedsplit.trunk.terms import BeginRun, Begun
+from fedsplit.trunk.run_terms import BeginRun, Begun
 from fedsplit.wire.frames import TrunkFailed
 from fedsplit.wire.steps import RefusedStep
 from fedsplit.wire.transport import TrunkLost, Unanswered

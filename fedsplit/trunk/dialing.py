@@ -7,11 +7,10 @@ from pathlib import Path
 from fedsplit.errors import InputError, SettingError
 from fedsplit.settings.config import Config
 from fedsplit.trunk.remote import Dial, RemoteTrunk
-from fedsplit.wire.certificate_set import CLIENTS, FEDERATION, TRUNK
 from fedsplit.wire.grpc_address import GrpcAddress, check_encrypted
 from fedsplit.wire.grpc_client import GrpcClient
-from fedsplit.wire.identities import read_identities
-from fedsplit.wire.tls import CERTIFICATE, problem
+from fedsplit.wire.set_layout import folder_of, is_of_one_party, names_in
+from fedsplit.wire.tls import problem
 from fedsplit.wire.token_files import read_token
 
 
@@ -30,12 +29,13 @@ def dial_of(config: Config, patience: float | None = None) -> Dial:
     trunk = config.trunk
     host, port = trunk.server_address
     token = read_token(Path(trunk.token_file))
-    names = _names(Path(trunk.tls)) if trunk.tls and not _is_own(Path(trunk.tls)) else {}
+    is_own = is_of_one_party(Path(trunk.tls))
+    names = names_in(Path(trunk.tls)) if trunk.tls and not is_own else {}
 
     def dial(client: int | None) -> GrpcClient:
         folder = ""
         if trunk.tls:
-            folder = trunk.tls if _is_own(Path(trunk.tls)) else str(Path(trunk.tls) / _folder_of(client, names))
+            folder = trunk.tls if is_own else str(Path(trunk.tls) / folder_of(client, names))
         address = GrpcAddress(host, port, folder, token)
         return GrpcClient(address, client, patience=trunk.wait if patience is None else patience)
 
@@ -72,7 +72,7 @@ def check_server(config: Config) -> None:
         raise SettingError(
             "trunk.server", trunk.server, f"an address of this machine without --trunk.tls ({error})"
         ) from error
-    if trunk.tls and _is_own(Path(trunk.tls)):
+    if trunk.tls and is_of_one_party(Path(trunk.tls)):
         if reason := problem(Path(trunk.tls)):
             raise SettingError("trunk.tls", trunk.tls, f"a folder with the party's certificate ({reason})")
     elif trunk.tls:
@@ -87,27 +87,12 @@ def _check_set(config: Config, folder: Path) -> None:
     """
     allowed = f"a folder that fedsplit certificates has made, with {config.clients} clients or more"
     try:
-        names = _names(folder)
+        names = names_in(folder)
     except InputError as error:
         raise SettingError("trunk.tls", folder, f"{allowed} ({error})") from error
     for client in (None, *range(config.clients)):
         if client is not None and client not in names:
             raise SettingError("trunk.tls", folder, f"{allowed} (client {client} has no certificate)")
-        reason = problem(folder / _folder_of(client, names))
+        reason = problem(folder / folder_of(client, names))
         if reason:
             raise SettingError("trunk.tls", folder, f"{allowed} ({reason})")
-
-
-def _is_own(folder: Path) -> bool:
-    """Returns True for the folder of one party's certificate, and not of a set of all parties'."""
-    return (folder / CERTIFICATE).is_file()
-
-
-def _names(folder: Path) -> dict[int, str]:
-    """Returns the names of the clients in a set of certificates, by number."""
-    return {number: name for name, number in read_identities(folder / TRUNK).clients.items()}
-
-
-def _folder_of(client: int | None, names: dict[int, str]) -> Path:
-    """Returns the folder of a client in a set of certificates, or of the operator for None."""
-    return Path(FEDERATION) if client is None else Path(CLIENTS) / names[client]

@@ -11,7 +11,7 @@ from typing import Protocol
 from fedsplit.settings.config import Config
 from fedsplit.trunk.control_bytes import message_as_bytes, reply_from_bytes
 from fedsplit.trunk.port import Control, Leave, Reply, TrunkPort
-from fedsplit.trunk.terms import BeginRun, Begun, Terms
+from fedsplit.trunk.run_terms import BeginRun, Begun, Terms
 from fedsplit.wire.grpc_client import RefusedByServer
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.steps import ForeignStep

@@ -17,9 +17,9 @@ from typing import Any
 from fedsplit.trunk.control_bytes import error_as_bytes, message_from_bytes, reply_as_bytes
 from fedsplit.trunk.port import Control
 from fedsplit.trunk.requests import Done
+from fedsplit.trunk.run_terms import BeginRun, Begun, Terms
 from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.status import TrunkStatus
-from fedsplit.trunk.terms import BeginRun, Begun, Terms
 from fedsplit.trunk.workers import run_until_defect
 from fedsplit.wire.packets import Packet, new_incarnation, new_trunk_name
 from fedsplit.wire.steps import ForeignStep

@@ -15,13 +15,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedsplit.wire.identities import CLIENTS_FILE
+from fedsplit.wire.set_layout import CLIENTS, FEDERATION, TRUNK
 from fedsplit.wire.tls import CA, CERTIFICATE, KEY
-
-TRUNK, FEDERATION, CLIENTS = "trunk", "federation", "clients"
-"""Folders of a set: of the trunk, of the operator of the federation, and of the folders of clients."""
-
-IDENTITIES = "clients.toml"
-"""File of the trunk with the parties that it serves, by the common names of their certificates."""
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names by which a trunk on the same machine is reached."""
@@ -118,7 +114,7 @@ def write_set(folder: Path, clients: Sequence[str], hosts: Sequence[str] = (), d
         authority = _Authority(days)
         authority.write_party(draft / TRUNK, TRUNK, [*LOOPBACK, *(host for host in hosts if host not in LOOPBACK)])
         numbers = "".join(f"{name} = {number}\n" for number, name in enumerate(clients))
-        (draft / TRUNK / IDENTITIES).write_text(f'federation = "{FEDERATION}"\n\n[clients]\n{numbers}')
+        (draft / TRUNK / CLIENTS_FILE).write_text(f'federation = "{FEDERATION}"\n\n[clients]\n{numbers}')
         authority.write_party(draft / FEDERATION, FEDERATION)
         for name in clients:
             authority.write_party(draft / CLIENTS / name, name)

@@ -144,7 +144,7 @@ def form_of(hint: Any) -> Form:
     if origin is Literal:
         return _literal(arguments)
     if origin in (Union, types.UnionType):
-        return _optional(hint, arguments)
+        return _any_plain(arguments) if _PLAIN.keys() >= {*arguments} else _optional(hint, arguments)
     if origin is tuple and arguments[1:] == (...,):
         return _sequence(tuple, form_of(arguments[0]))
     if origin is frozenset:
@@ -175,6 +175,18 @@ def _plain(kind: type) -> Form:
 
     # A whole number in place of a float would be read as another type than it was declared with.
     return Form(lambda value, tensors: float(value) if kind is float else value, read)
+
+
+def _any_plain(kinds: tuple[Any, ...]) -> Form:
+    """Returns the form of a value of one of several types that JSON has."""
+    words = " or ".join(_PLAIN[kind] for kind in kinds)
+
+    def read(value: Any, tensors: _Tensors, path: str) -> Any:
+        if type(value) not in kinds:
+            raise MalformedValue(f"{path} is {_shown(value)}, not {words}")
+        return value
+
+    return Form(lambda value, tensors: value, read)
 
 
 def _write_tensor(value: Tensor, tensors: list[Tensor]) -> int:

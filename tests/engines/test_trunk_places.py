@@ -19,7 +19,7 @@ from fedsplit.errors import SettingError
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
-from fedsplit.trunk.terms import Begun
+from fedsplit.trunk.run_terms import Begun
 from fedsplit.wire.tls import NotTrusted
 from fedsplit.wire.transport import TrunkLost
 
@@ -41,19 +41,21 @@ def ledger(out: Path) -> Any:
     return {name: value for name, value in summary.items() if "bytes" in name or "traffic" in name}
 
 
+FAST = ("shared", "fold")
+
+LEFT_OUT = ("batched", "resumed")
+"""Under `batched`, who plays one client after the other would wait for deadlines of the machine's clock. The resumed
+run has first fewer rounds than the trunk's settings, and is refused."""
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        "shared",
-        "fold",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in ("shared", "fold", "batched")),
-    ],
+    [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in (*FAST, *LEFT_OUT))],
 )
 def test_a_trunk_at_a_server_changes_no_number(
     case: str, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither an adapter, nor a checkpoint, nor a loss, nor a byte of the ledger; without `batched`, where who plays
-    one client after the other would wait for deadlines of the machine's clock."""
+    """Neither an adapter, nor a checkpoint, nor a loss, nor a byte of the ledger."""
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # `play` and the trunk use one in any case
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     own = play(case, tiny_models, corpus, tmp_path / "own", ONE_AT_A_TIME)

@@ -20,7 +20,7 @@ from fedsplit.trunk.control_bytes import (
     reply_as_bytes,
     reply_from_bytes,
 )
-from fedsplit.trunk.terms import BeginRun, Begun
+from fedsplit.trunk.run_terms import BeginRun, Begun
 from fedsplit.wire.frames import TrunkFailed
 from fedsplit.wire.steps import ForeignStep, UnboundedStep
 from fedsplit.wire.transport import TrunkLost

@@ -10,7 +10,7 @@ from fedsplit.settings.documents import build
 from fedsplit.trunk import port
 from fedsplit.trunk.control_bytes import message_from_bytes, reply_as_bytes
 from fedsplit.trunk.remote import RemoteTrunk, begin_run
-from fedsplit.trunk.terms import BeginRun, Begun, Terms
+from fedsplit.trunk.run_terms import BeginRun, Begun, Terms
 from fedsplit.wire.grpc_client import RefusedByServer
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import ForeignStep, StaleStep

@@ -12,9 +12,9 @@ import pytest
 
 from fedsplit.trunk import port
 from fedsplit.trunk.control_bytes import message_as_bytes, reply_from_bytes
+from fedsplit.trunk.run_terms import BeginRun, Begun, Terms
 from fedsplit.trunk.served import ServedRun, ServedTrunk
 from fedsplit.trunk.status import Traffic, TrunkStatus
-from fedsplit.trunk.terms import BeginRun, Begun, Terms
 from fedsplit.wire.frames import TrunkFailed
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import ForeignStep

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from fedsplit.trunk.terms import Terms
+from fedsplit.trunk.run_terms import Terms
 
 TERMS = Terms({"seed": "0", "cut": '"1:5"'}, {"config.json": "a", "model.safetensors": "b"}, {"strategy": "c"}, "1.0")
 

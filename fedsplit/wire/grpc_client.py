@@ -179,6 +179,13 @@ class GrpcClient:
         self._changed.set()
         if self._playing is None or self._playing.done():
             self._playing = asyncio.ensure_future(self._play())
+            self._playing.add_done_callback(self._check_end)
+
+    def _check_end(self, playing: asyncio.Task[None]) -> None:
+        """Hands an unexpected error to all who wait. Nobody else would ever hear of it."""
+        error = None if playing.cancelled() else playing.exception()
+        if isinstance(error, Exception):
+            self._fail(error)
 
     def _drop(self, end: int) -> None:
         """Drops packets up to a number. A packet that is being sent is sent to its end."""
@@ -332,6 +339,11 @@ class GrpcClient:
         """Returns the error for the end of a call."""
         status = (await call.code()).name
         words = await call.details() or ""
+        name = entry(await call.trailing_metadata(), ERROR)
+        if name:
+            return frames.error_named(name)(words)
+        if status == "ABORTED":
+            return TrunkLost(words)
         if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             return NotTrusted(f"the trunk's server refuses the client: {words}")
         if status in _CURABLE:
@@ -381,18 +393,10 @@ class GrpcClient:
             sending = asyncio.ensure_future(stream.send([memoryview(request)]))
             try:
                 reply = await stream.receive()
-                await sending
             finally:
                 sending.cancel()
             if reply is None:
-                raise await self._failure(call)
+                raise _Broken("the server has ended the stream")
             await call.done_writing()  # the server need not keep the reply
             await stream.receive()
             return reply
-
-    async def _failure(self, call: Any) -> Exception:
-        """Returns the error of a request without a reply."""
-        name = entry(await call.trailing_metadata(), ERROR)
-        if name:
-            return frames.error_named(name)(await call.details() or name)
-        return await self._explained(call)

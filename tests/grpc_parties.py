@@ -5,8 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,9 @@ def folders(root: Path, authority: Authority, *clients: str) -> Path:
 class RawStream:
     """A stream of packets on which a test sends any chunks. It uses gRPC's other library, which has no event loop."""
 
-    def __init__(self, address: GrpcAddress, client: int | None = 0, method: str = PACKETS, credit: int = 2**25) -> None:
+    def __init__(
+        self, address: GrpcAddress, client: int | None = 0, method: str = PACKETS, credit: int = 2**25
+    ) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._channel = channel(address)
         said = [authorization(address.token)]
@@ -85,6 +86,7 @@ class RawStream:
         self._came: queue.SimpleQueue[Chunk | grpc.RpcError | None] = queue.SimpleQueue()
         self._assembler = Assembler(lambda total: frames.reading(), 2**30)
         self._next = 0
+        self.credit = 0
         threading.Thread(target=self._read, daemon=True).start()
         if credit:
             self.send(Chunk(credit=credit))
@@ -92,7 +94,9 @@ class RawStream:
     def _read(self) -> None:
         try:
             for message in self.call:
-                self._came.put(Chunk.from_bytes(message))
+                chunk = Chunk.from_bytes(message)
+                self.credit += chunk.credit
+                self._came.put(chunk)
         except grpc.RpcError as error:
             self._came.put(error)
         self._came.put(None)
@@ -147,8 +151,3 @@ def channel(address: GrpcAddress) -> Any:
         return grpc.insecure_channel(address.target, options)
     files = [(Path(address.tls) / name).read_bytes() for name in ("ca.pem", "key.pem", "cert.pem")]
     return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(*files), options)
-
-
-def steps(count: int, client: int = 0, size: int = 1) -> Iterator[Packet]:
-    """Returns packets of several steps."""
-    return (replace(packet(step, client, size)) for step in range(count))

@@ -249,6 +249,7 @@ class Assembler(Generic[T]):
             self._memory = next(self._reading)
         except StopIteration as end:
             self._reading = None
+            self._memory = memoryview(b"")  # a view of the last array would keep the array
             frame: T = end.value
             return frame
         except _NO_FRAME as error:

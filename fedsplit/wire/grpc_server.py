@@ -255,7 +255,6 @@ class GrpcServer:
             reply = await self._requests.reply(identity, request)
             if isinstance(reply, Exception):
                 context.set_trailing_metadata(((ERROR, type(reply).__name__),))
-                self._requests.confirm(identity)
                 raise Refused("UNKNOWN", str(reply)[:_LONGEST_WORDS])
             await stream.send([memoryview(reply)])
             if await rest is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +49,9 @@ def make_parser() -> Parser:
     secure.add_argument("--root-certificates", metavar="FILE", type=Path, help="authority of the SuperLink, for TLS")
     secure.add_argument("--insecure", action="store_true", help="no TLS to the SuperLink, on this machine only")
     parser.add_argument("--key", metavar="FILE", type=Path, help="private key by which the SuperLink knows this client")
+    parser.add_argument(
+        "--port", metavar="N", type=int, default=0, help="port of the SuperNode on this machine; 0 for any that is free"
+    )
     of_site = parser.add_argument_group("the site", "Flags take precedence over the file.")
     of_site.add_argument("--site", metavar="FILE.toml", type=Path, help="the site's settings")
     of_site.add_argument("--client", metavar="N", type=int, help="number of the client, from 0")
@@ -113,7 +117,8 @@ def supernode(flags: Mapping[str, Any], file: Path) -> list[str]:
     program = shutil.which("flower-supernode", path=str(Path(sys.executable).parent)) or "flower-supernode"
     from fedsplit.federation.site import NODE_KEY
 
-    call = [program, "--superlink", flags["superlink"], "--node-config", f'{NODE_KEY}="{file}"', "--port", "0"]
+    call = [program, "--superlink", flags["superlink"], "--node-config", f'{NODE_KEY}="{file}"']
+    call += ["--port", str(flags["port"] or _free_port())]
     if flags["insecure"]:
         call.append("--insecure")
     else:
@@ -121,6 +126,14 @@ def supernode(flags: Mapping[str, Any], file: Path) -> list[str]:
     if flags["key"]:
         call += ["--auth-supernode-private-key", str(flags["key"])]
     return call
+
+
+def _free_port() -> int:
+    """Returns a port that is free now, on loopback, where the SuperNode talks to the processes of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def main(argv: Sequence[str] | None = None) -> int:

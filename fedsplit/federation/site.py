@@ -21,6 +21,8 @@ from fedsplit.corpora.shards import remove_left, shard_file, write_shard
 from fedsplit.durable import write_text
 from fedsplit.errors import InputError, SettingError, check_all
 from fedsplit.federation.messages import Request
+from fedsplit.model.sources import config_folder
+from fedsplit.model.token_ids import check_largest
 from fedsplit.settings.config import OPTIONS, SETTINGS, Config
 from fedsplit.settings.documents import as_document, dotted, draft, from_document, suggest
 from fedsplit.settings.flags import read_toml
@@ -105,8 +107,11 @@ class Site:
         config = self.settings_for(from_document(json.loads(request.briefing.run)))
         root = (self.folder / _checked_name(request.briefing.store)).absolute()
         if not shard_file(root, self.client).exists():
+            shard = shard_of_site(config, self.name)
+            largest = max(int(shard.train.ids.max()), int(shard.held_out.ids.max()))
+            check_largest(config_folder(config.model), config.model, largest)
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_shard(root, self.client, shard_of_site(config, self.name))
+            write_shard(root, self.client, shard)
         threads = config.threads or request.briefing.threads
         run = json.dumps(as_document(config))
         briefing = replace(request.briefing, run=run, store=str(root), threads=threads)

@@ -29,7 +29,7 @@ from fedsplit.wire.packets import Packet, StepKey
 
 HERE = Path(__file__).parent
 SIZES = (4 * 128 * 128 * 4, 400_000, 3_000_000, 17_000_000)
-"""Bytes of a packet. The first is a packet of the bundled model: 4 sequences of 128 tokens, 128 float32 numbers each."""
+"""Bytes of a packet. The first is one of the bundled model: 4 sequences of 128 tokens, 128 float32 numbers each."""
 
 KINDS = ("socket", "TCP", "gRPC", "gRPC, TLS")
 

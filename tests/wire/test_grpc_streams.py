@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from fedsplit.wire import grpc_streams
 from fedsplit.wire.chunks import LARGEST_CHUNK, Assembler, Chunk, Refused, blob_reading
+from fedsplit.wire.frames import Reading
 from fedsplit.wire.grpc_streams import ChunkStream
 from fedsplit.wire.windows import SMALLEST_WINDOW, ReceiveWindow
 
@@ -98,6 +100,27 @@ def test_little_is_copied_on_the_event_loop_and_much_is_not(monkeypatch: pytest.
 
     play(scenario())
     assert copied == [True, False]
+
+
+def test_a_large_frame_is_joined_beside_the_event_loop_though_its_last_chunk_is_small() -> None:
+    joined: list[str] = []
+
+    def reading(total: int) -> Reading[bytes]:
+        frame = yield from blob_reading(total)
+        joined.append(threading.current_thread().name)
+        return frame
+
+    async def scenario() -> None:
+        pipe = Pipe()
+        await pipe.greet()
+        reader = pipe.sides[1]
+        reader._assembler = Assembler(reading, 2**30)
+        for size in (10, LARGEST_CHUNK + 10):
+            await pipe.sides[0].send([memoryview(bytes(size))])
+            assert await reader.receive() == bytes(size)
+
+    play(scenario())
+    assert joined[0] == "MainThread" and joined[1].startswith("grpc-chunks")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ _WELCOME_SECONDS = 10.0
 
 _FOREVER = 1e9
 
+_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, OSError)
+"""Errors of gRPC's streams that are broken. `ExecuteBatchError`, a `BaseError`, comes from one that the peer ends."""
+
 _CHANNEL_OPTIONS = [
     *OPTIONS,
     ("grpc.enable_retries", 0),  # the client repeats packets itself
@@ -322,7 +325,7 @@ class GrpcClient:
             yield call
         except Refused as refused:  # by this side
             raise RefusedByServer(refused.status, f"the server does not keep to the protocol: {refused}") from refused
-        except (grpc.RpcError, asyncio.InvalidStateError, OSError) as error:
+        except _BROKEN as error:
             raise await self._explained(call) from error
         finally:
             call.grpc.cancel()
@@ -411,6 +414,8 @@ class GrpcClient:
                 sending.cancel()
             if reply is None:
                 raise _Broken("the server has ended the stream")
-            await call.grpc.done_writing()  # the server need not keep the reply
-            await stream.receive()
+            # The reply is here. An error now must not have the request repeated, which the server may have forgotten.
+            with contextlib.suppress(*_BROKEN, Refused):
+                await call.grpc.done_writing()  # the server need not keep the reply
+                await stream.receive()
             return reply

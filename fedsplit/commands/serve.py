@@ -149,7 +149,7 @@ def load_trunk(config: Config) -> ServedTrunk:
             stage=stage_maker(config),
         )
 
-    return ServedTrunk(load, terms_of(config), shares.trunk_threads)
+    return ServedTrunk(load, terms_of(config), shares.trunk_threads, config.timeout)
 
 
 @contextmanager

@@ -171,6 +171,7 @@ class Assembler(Generic[T]):
         self._begin = begin
         self._largest = largest
         self._next = 0
+        self._total = 0
         self._left = 0
         self._reading: Reading[T] | None = None
         self._memory = memoryview(b"")
@@ -179,6 +180,11 @@ class Assembler(Generic[T]):
     def left(self) -> int:
         """Bytes that the begun frame still lacks; 0 between frames."""
         return self._left
+
+    @property
+    def total(self) -> int:
+        """Bytes of the begun frame; 0 between frames."""
+        return self._total if self._left else 0
 
     def take(self, chunk: Chunk) -> T | None:
         """Takes the next chunk with data.
@@ -212,6 +218,7 @@ class Assembler(Generic[T]):
         if total > self._largest:
             words = f"a frame of {total} bytes is too large; at most {self._largest} are allowed"
             raise Refused("RESOURCE_EXHAUSTED", words)
+        self._total = total
         self._left = total
         self._reading = self._begin(total)
         self._memory = next(self._reading)
@@ -249,6 +256,7 @@ class Assembler(Generic[T]):
             self._memory = next(self._reading)
         except StopIteration as end:
             self._reading = None
+            self._memory = memoryview(b"")  # a view of the last array would keep the array
             frame: T = end.value
             return frame
         except _NO_FRAME as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 Reply = bytes | Exception
@@ -40,8 +41,12 @@ class ControlRequests:
             if not future.done():
                 future.set_result(reply)
 
+        def done(reply: Reply) -> None:
+            with contextlib.suppress(RuntimeError):  # the program ends
+                loop.call_soon_threadsafe(take, reply)
+
         self._replies[identity] = future
-        self._control(request, lambda reply: loop.call_soon_threadsafe(take, reply))
+        self._control(request, done)
         self._drop_old()
         return future
 

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import queue
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -29,6 +29,8 @@ from fedsplit.wire.retries import Patience
 from fedsplit.wire.tls import CA, CERTIFICATE, KEY, NotTrusted, problem, why_refused
 from fedsplit.wire.transport import PendingAnswer, TrunkLost, Unanswered, remembered
 from fedsplit.wire.windows import ReceiveWindow
+
+T = TypeVar("T")
 
 PATIENCE = 60.0
 """Seconds for which a client tries to reach a server again."""
@@ -72,6 +74,19 @@ def _copy_of_refusal(message: str, status: str) -> RefusedByServer:
     error = RefusedByServer(status, "")
     error.args = (message,)
     return error
+
+
+@dataclass
+class _Call:
+    """A stream of gRPC.
+
+    Attributes:
+        grpc: The library's call.
+        is_welcome: True once the server has accepted the stream.
+    """
+
+    grpc: Any
+    is_welcome: bool = False
 
 
 class _Broken(Exception):
@@ -179,6 +194,13 @@ class GrpcClient:
         self._changed.set()
         if self._playing is None or self._playing.done():
             self._playing = asyncio.ensure_future(self._play())
+            self._playing.add_done_callback(self._check_end)
+
+    def _check_end(self, playing: asyncio.Task[None]) -> None:
+        """Hands an unexpected error to all who wait. Nobody else would ever hear of it."""
+        error = None if playing.cancelled() else playing.exception()
+        if isinstance(error, Exception):
+            self._fail(error)
 
     def _drop(self, end: int) -> None:
         """Drops packets up to a number. A packet that is being sent is sent to its end."""
@@ -228,9 +250,7 @@ class GrpcClient:
             NotTrusted, RefusedByServer: A second stream would end in the same way.
         """
         async with self._opened(PACKETS) as call:
-            assembler = Assembler(lambda total: frames.reading(), frames.LARGEST_PACKET)
-            stream = ChunkStream(call.read, call.write, assembler, ReceiveWindow(_WINDOW), _FOREVER)
-            await self._greeted(stream)
+            stream = await self._greeted(call, Assembler(lambda total: frames.reading(), frames.LARGEST_PACKET))
             patience.began()
             unanswered: set[int] = set()
             room = asyncio.Event()
@@ -291,13 +311,13 @@ class GrpcClient:
         return True
 
     @contextlib.asynccontextmanager
-    async def _opened(self, method: str, *metadata: tuple[str, str]) -> Any:
+    async def _opened(self, method: str, *metadata: tuple[str, str]) -> AsyncIterator[_Call]:
         """Opens a stream, and turns the errors of the stream into this module's errors."""
         said = [authorization(self._address.token), *metadata]
         if self._client is not None:
             said.append((CLIENT, str(self._client)))
         channel = self._channel()
-        call = channel.stream_stream(method)(metadata=said)
+        call = _Call(channel.stream_stream(method)(metadata=said))
         try:
             yield call
         except Refused as refused:  # by this side
@@ -305,7 +325,7 @@ class GrpcClient:
         except (grpc.RpcError, asyncio.InvalidStateError, OSError) as error:
             raise await self._explained(call) from error
         finally:
-            call.cancel()
+            call.grpc.cancel()
             await channel.close(None)
 
     def _channel(self) -> Any:
@@ -318,31 +338,39 @@ class GrpcClient:
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         return grpc.aio.secure_channel(address.target, credentials, options=_CHANNEL_OPTIONS)
 
-    async def _greeted(self, stream: ChunkStream[Any]) -> None:
+    async def _greeted(self, call: _Call, assembler: Assembler[T]) -> ChunkStream[T]:
         """Exchanges the first messages."""
+        window = ReceiveWindow(_WINDOW)
+        stream = ChunkStream(call.grpc.read, call.grpc.write, assembler, window, _FOREVER)
         try:
             async with asyncio.timeout(_WELCOME_SECONDS):
                 await stream.greet()
                 await stream.welcome()
         except TimeoutError as error:
             raise _Broken(f"the server is silent for {_WELCOME_SECONDS:g} s") from error
+        call.is_welcome = True
         self._was_welcome = True
+        return stream
 
-    async def _explained(self, call: Any) -> Exception:
+    async def _explained(self, call: _Call) -> Exception:
         """Returns the error for the end of a call."""
-        status = (await call.code()).name
-        words = await call.details() or ""
+        status = (await call.grpc.code()).name
+        words = await call.grpc.details() or ""
+        name = entry(await call.grpc.trailing_metadata(), ERROR)
+        if name:
+            return frames.error_named(name)(words)
+        if status == "ABORTED":
+            return TrunkLost(words)
         if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             return NotTrusted(f"the trunk's server refuses the client: {words}")
-        if status in _CURABLE:
-            if status == "UNAVAILABLE" and self._address.tls and not self._was_welcome:
-                reason = await asyncio.to_thread(self._mistrust)
-                if reason:
-                    return NotTrusted(reason)
+        if status == "UNAVAILABLE" and self._address.tls and not self._was_welcome:
+            reason = await asyncio.to_thread(self._mistrust)
+            if reason:
+                return NotTrusted(reason)
+        # After a broken stream, the server may not have noticed yet that the stream is gone.
+        is_full = status == "RESOURCE_EXHAUSTED" and self._was_welcome and not call.is_welcome
+        if status in _CURABLE or is_full:
             return _Broken(first_line(Exception(words)))
-        if status == "RESOURCE_EXHAUSTED" and self._was_welcome:
-            # The server may not have noticed yet that the stream before is gone.
-            return _Broken(words)
         return RefusedByServer(status, words)
 
     def _mistrust(self) -> str:
@@ -372,27 +400,17 @@ class GrpcClient:
             patience: Is told of progress.
         """
         async with self._opened(CONTROL, *metadata) as call:
-            assembler = Assembler(blob_reading, frames.LARGEST_PACKET)
-            stream = ChunkStream(call.read, call.write, assembler, ReceiveWindow(_WINDOW), _FOREVER)
-            await self._greeted(stream)
+            stream = await self._greeted(call, Assembler(blob_reading, frames.LARGEST_PACKET))
             patience.began()
             if len(metadata) == 1:
-                metadata.append((LIFE, entry(await call.initial_metadata(), LIFE)))
+                metadata.append((LIFE, entry(await call.grpc.initial_metadata(), LIFE)))
             sending = asyncio.ensure_future(stream.send([memoryview(request)]))
             try:
                 reply = await stream.receive()
-                await sending
             finally:
                 sending.cancel()
             if reply is None:
-                raise await self._failure(call)
-            await call.done_writing()  # the server need not keep the reply
+                raise _Broken("the server has ended the stream")
+            await call.grpc.done_writing()  # the server need not keep the reply
             await stream.receive()
             return reply
-
-    async def _failure(self, call: Any) -> Exception:
-        """Returns the error of a request without a reply."""
-        name = entry(await call.trailing_metadata(), ERROR)
-        if name:
-            return frames.error_named(name)(await call.details() or name)
-        return await self._explained(call)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -24,7 +25,7 @@ from fedsplit.wire.control_requests import ControlRequests, Reply
 from fedsplit.wire.event_loop import event_loop, start
 from fedsplit.wire.grpc_address import ERROR, LIFE, REQUEST, GrpcAddress, check_encrypted, check_token, entry
 from fedsplit.wire.grpc_schema import SERVICE
-from fedsplit.wire.grpc_streams import OPTIONS, ChunkStream
+from fedsplit.wire.grpc_streams import OPTIONS, ChunkStream, beside_the_loop
 from fedsplit.wire.identities import Identities
 from fedsplit.wire.limits import Admissions, Limits, RateLimit
 from fedsplit.wire.outbox import Outbox
@@ -255,7 +256,6 @@ class GrpcServer:
             reply = await self._requests.reply(identity, request)
             if isinstance(reply, Exception):
                 context.set_trailing_metadata(((ERROR, type(reply).__name__),))
-                self._requests.confirm(identity)
                 raise Refused("UNKNOWN", str(reply)[:_LONGEST_WORDS])
             await stream.send([memoryview(reply)])
             if await rest is not None:
@@ -287,6 +287,8 @@ async def _answer(stream: ChunkStream[Any], outbox: Outbox) -> None:
 async def _answer_one(stream: ChunkStream[Any], outbox: Outbox) -> None:
     """Sends one answer. A loop in here would keep the last answer in memory while there is none to send."""
     ticket, number, answer = await outbox.get()
-    await stream.send(frames.pieces_of(number, answer))
+    size = answer.nbytes if isinstance(answer, Packet) else 0
+    # An array that does not lie in one piece is copied.
+    await stream.send(await beside_the_loop(size, functools.partial(frames.pieces_of, number, answer)))
     outbox.sent(ticket)
     await stream.give_credit()

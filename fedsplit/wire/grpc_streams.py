@@ -6,6 +6,7 @@ All methods run on the event loop. Copies of much memory run on other threads.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from fedsplit.wire.chunks import LARGEST_CHUNK, Assembler, Chunk, Refused
 from fedsplit.wire.windows import ReceiveWindow, SendWindow
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _AT_ONCE = 2**15
 """Bytes that are copied on the event loop. A change of threads takes longer than the copy of so few bytes."""
@@ -34,6 +36,18 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 ]
 """Options of both sides."""
+
+
+async def beside_the_loop(size: int, work: Callable[[], R]) -> R:
+    """Calls a function that copies memory: on another thread if there is much to copy.
+
+    Args:
+        size: Bytes to copy, about.
+        work: The function.
+    """
+    if size <= _AT_ONCE:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_threads, work)
 
 
 class ChunkStream(Generic[T]):
@@ -118,10 +132,7 @@ class ChunkStream(Generic[T]):
         self._sending_since = None
 
     async def _send(self, chunk: Chunk, size: int = 0) -> None:
-        if size <= _AT_ONCE:
-            message = chunk.to_bytes()
-        else:
-            message = await asyncio.get_running_loop().run_in_executor(_threads, chunk.to_bytes)
+        message = await beside_the_loop(size, chunk.to_bytes)
         async with self._writing:  # gRPC takes one message at a time
             await self._write(message)
 
@@ -144,11 +155,9 @@ class ChunkStream(Generic[T]):
                     raise Refused("INVALID_ARGUMENT", "the stream ended in the middle of a frame")
                 return None
             count(len(message))
-            if len(message) <= _AT_ONCE:
-                chunk, frame = self._take(message)
-            else:
-                loop = asyncio.get_running_loop()
-                chunk, frame = await loop.run_in_executor(_threads, self._take, message)
+            # A small chunk may be the last one of a large frame, whose pieces are joined.
+            size = max(len(message), self._assembler.total)
+            chunk, frame = await beside_the_loop(size, functools.partial(self._take, message))
             del message
             if chunk.credit:
                 self._add_credit(chunk.credit)

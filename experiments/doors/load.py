@@ -158,7 +158,8 @@ def table(record: dict[str, Any]) -> list[str]:
         f"milliseconds: {times}, slowest {record['slowest'] * 1e3:.0f}",
         f"packets of a client: {record['fewest']:,} to {record['most']:,}",
         f"lost {record['lost']}, doubled {record['doubled']}, wrong answers {record['wrong']}",
-        f"memory of the server, MB: {memory[1]:.0f} after a fifth, {memory[-1]:.0f} at the end, {max(memory):.0f} at most",
+        "memory of the server, MB: "
+        f"{memory[1]:.0f} after a fifth, {memory[-1]:.0f} at the end, {max(memory):.0f} at most",
     ]
 
 

@@ -16,6 +16,7 @@ from fedsplit.trunk.run_terms import Begun, Terms
 from fedsplit.wire.packets import new_trunk_name
 from fedsplit.wire.tls import NotTrusted
 from fedsplit.wire.transport import TrunkLost
+from fedsplit.wire.typed_values import MalformedValue
 
 _FIRST_SECONDS = 10.0
 """Time in which the server must answer as a run starts. A wrong address should not keep the user waiting."""
@@ -149,7 +150,7 @@ class ServerPlace:
             self._terms = terms_of(self._config)
         try:
             begun = begin_run(dial_of(self._config, patience), self._terms, self._run)
-        except (NotTrusted, RefusedByServer) as error:
+        except (NotTrusted, RefusedByServer, MalformedValue) as error:  # the last one by another version
             raise SettingError("trunk.server", server, f"a server that accepts this run ({error})") from error
         except TrunkLost as lost:
             raise TrunkLost(f"no trunk answers at {server} ({lost}); fedsplit serve starts one") from lost

@@ -22,6 +22,7 @@ from fedsplit.settings.documents import build
 from fedsplit.trunk.run_terms import Begun
 from fedsplit.wire.tls import NotTrusted
 from fedsplit.wire.transport import TrunkLost
+from fedsplit.wire.typed_values import MalformedValue
 
 ONE_AT_A_TIME = {"train.micro_batches": 1}
 """The trunk in this process computes while the client waits: both would draw from the process's random state."""
@@ -122,10 +123,11 @@ def test_nobody_answers_as_the_run_starts(place: Place) -> None:
     ("outcome", "words"),
     [
         (NotTrusted("a wrong token"), r"a server that accepts this run \(a wrong token\)"),
+        (MalformedValue("not a BeginRun"), r"a server that accepts this run \(not a BeginRun\)"),
         (Begun(differences=("seed (0 there)",)), r"a trunk with the settings of this run; these differ: seed"),
         (Begun(is_busy=True), r"a trunk that serves no other run now"),
     ],
-    ids=["token", "settings", "busy"],
+    ids=["token", "version", "settings", "busy"],
 )
 def test_a_run_that_the_server_does_not_accept_is_the_users_fault_at_the_start_alone(
     outcome: Any, words: str, place: Place

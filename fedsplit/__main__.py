@@ -20,7 +20,7 @@ def usage() -> str:
         >>> print(usage().splitlines()[0])
         usage: fedsplit [--help] [--version] COMMAND ...
     """
-    lines = [f"  {name:<12}{help}" for name, help in COMMANDS.items()]
+    lines = [f"  {name:<14}{help}" for name, help in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fedsplit [--help] [--version] COMMAND ...",

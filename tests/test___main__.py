@@ -38,8 +38,8 @@ def test_what_follows_a_command_is_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_unknown_command_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["sweeep"]) == 2
-    assert capsys.readouterr().err == "fedsplit: there is no command sweeep; did you mean sweep?\n"
+    assert command.main(["generrate"]) == 2
+    assert capsys.readouterr().err == "fedsplit: there is no command generrate; did you mean generate?\n"
 
 
 def test_help_and_version_load_no_library(tmp_path: Path) -> None:

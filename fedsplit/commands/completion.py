@@ -26,10 +26,10 @@ from fedsplit.settings.flags import make_parser as simulate_parser
 
 SHELLS = ("bash", "zsh")
 
-_FILES = ("config", "lora.options", "prompts", "plot")
+_FILES = ("config", "lora.options", "prompts", "plot", "token_file", "trunk.token_file")
 """Arguments whose value is a file."""
 
-_FOLDERS = ("out", "resume", "run", "runs", "first", "second", "init_adapter")
+_FOLDERS = ("out", "resume", "run", "runs", "first", "second", "init_adapter", "tls", "trunk.tls", "folder")
 """Arguments whose value is a folder."""
 
 

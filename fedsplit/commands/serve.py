@@ -46,7 +46,9 @@ def make_parser() -> Parser:
         "blocks alone, and serves run after run until it is stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("--run", metavar="CONFIG.toml", type=Path, required=True, help="settings of the runs")
+    parser.add_argument(
+        "--run", dest="config", metavar="CONFIG.toml", type=Path, required=True, help="settings of the runs"
+    )
     parser.add_argument(
         "--host", metavar="HOST", default="127.0.0.1", help="address to listen at (default: %(default)s)"
     )
@@ -149,7 +151,7 @@ def load_trunk(config: Config) -> ServedTrunk:
             stage=stage_maker(config),
         )
 
-    return ServedTrunk(load, terms_of(config), shares.trunk_threads)
+    return ServedTrunk(load, terms_of(config), shares.trunk_threads, config.timeout)
 
 
 @contextmanager
@@ -215,8 +217,8 @@ def main(argv: Sequence[str] | None = None, wait: Callable[[], object] = _never.
             raise SettingError("port", flags.port, "a whole number from 0 to 65535")
         prepare()
         warnings.simplefilter("ignore")
-        config = load_config(flags.run)
-        token = flags.token_file or flags.run.with_suffix(".token")
+        config = load_config(flags.config)
+        token = flags.token_file or flags.config.with_suffix(".token")
         limits = {name: value for name in LIMITS if (value := vars(flags)[f"limits.{name}"]) is not None}
         with serving(config, flags.host, flags.port, flags.tls, token, limits) as server:
             how = "TLS" if flags.tls else "no encryption"

@@ -213,9 +213,10 @@ def _opening(config: Config, facts: Facts, shares: Plan, partition: Partition) -
 
     clients = f"{config.clients} clients in {counted(shares.workers, 'process', 'processes')}"
     steps = counted(shares.trunk_lanes, "step", "steps")
+    use_of_trunk = f"{steps} at a time, {counted(shares.trunk_threads, 'thread', 'threads')} each"
     use_of_machine = (
         f"{clients} of {counted(shares.client_threads, 'thread', 'threads')}; "
-        f"trunk: {steps} at a time, {counted(shares.trunk_threads, 'thread', 'threads')} each; "
+        f"trunk: {config.trunk.server or use_of_trunk}; "
         f"micro-batches: {shares.micro_batches}"
     )
     trunk = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}{_trunks(config.trunk)}"

@@ -16,9 +16,13 @@ from fedsplit.trunk.run_terms import Begun, Terms
 from fedsplit.wire.packets import new_trunk_name
 from fedsplit.wire.tls import NotTrusted
 from fedsplit.wire.transport import TrunkLost
+from fedsplit.wire.typed_values import MalformedValue
 
 _FIRST_SECONDS = 10.0
 """Time in which the server must answer as a run starts. A wrong address should not keep the user waiting."""
+
+_LAST_SECONDS = 1.0
+"""Time in which the server must answer at the end of a run. A server that is gone needs not know of the end."""
 
 
 class RunTrunk(TrunkPort, Protocol):
@@ -103,7 +107,7 @@ class ServerPlace:
         """
         self._config = config
         self._terms: Terms | None = None
-        self._has_begun = False
+        self._run = ""
 
     def begin(self) -> tuple[str, RunTrunk]:
         """Begins a run at the server. After a loss, waits until the server is back.
@@ -113,11 +117,7 @@ class ServerPlace:
             TrunkLost: Nobody answers as the run starts.
             FederationFailed: After a loss, the server does not come back, or does not accept the run any more.
         """
-        if self._has_begun:
-            return self._begin_again()
-        begun = self._ask(_FIRST_SECONDS)
-        self._has_begun = True
-        return begun
+        return self._begin_again() if self._run else self._ask(_FIRST_SECONDS)
 
     def _begin_again(self) -> tuple[str, RunTrunk]:
         """Begins the run again after a loss."""
@@ -142,30 +142,39 @@ class ServerPlace:
             TrunkLost: The server cannot be reached.
         """
         from fedsplit.trunk.dialing import dial_of
-        from fedsplit.trunk.remote import MOST_LINES, RemoteTrunk, begin_run
+        from fedsplit.trunk.remote import MOST_LINES, RemoteTrunk, begin_run, finish_run
         from fedsplit.wire.grpc_client import RefusedByServer
 
         server = self._config.trunk.server
         if self._terms is None:
             self._terms = terms_of(self._config)
         try:
-            begun = begin_run(dial_of(self._config, patience), self._terms)
-        except (NotTrusted, RefusedByServer) as error:
+            begun = begin_run(dial_of(self._config, patience), self._terms, self._run)
+        except (NotTrusted, RefusedByServer, MalformedValue) as error:  # the last one by another version
             raise SettingError("trunk.server", server, f"a server that accepts this run ({error})") from error
         except TrunkLost as lost:
             raise TrunkLost(f"no trunk answers at {server} ({lost}); fedsplit serve starts one") from lost
         _check_begun(begun, server)
-        # Threads of one process may play as many clients at once.
-        lines = max(MOST_LINES, self._config.workers)
-        return begun.run, RemoteTrunk(begun.run, dial_of(self._config), is_operator=True, most_lines=lines)
+        self._run = begun.run
+        last_dial = dial_of(self._config, _LAST_SECONDS)
+        trunk = RemoteTrunk(
+            begun.run,
+            dial_of(self._config),
+            is_operator=True,
+            most_lines=max(MOST_LINES, self._config.workers),  # threads of one process play as many clients at once
+            finish=lambda: finish_run(last_dial, begun.run),
+        )
+        return begun.run, trunk
 
 
 def _check_begun(begun: Begun, server: str) -> None:
     """Checks that the server has begun the run.
 
     Raises:
-        SettingError: The settings of the server are others.
+        SettingError: The settings of the server are others, or the server serves another run.
     """
+    if begun.is_busy:
+        raise SettingError("trunk.server", server, "a trunk that serves no other run now")
     if begun.differences:
         allowed = f"a trunk with the settings of this run; these differ: {'; '.join(begun.differences)}"
         raise SettingError("trunk.server", server, allowed)

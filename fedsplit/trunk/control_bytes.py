@@ -13,7 +13,7 @@ from typing import Any, get_args
 from fedsplit.errors import InputError, SettingError
 from fedsplit.optimization.own_stage import StageFailed
 from fedsplit.trunk import port
-from fedsplit.trunk.run_terms import BeginRun, Begun
+from fedsplit.trunk.run_terms import BeginRun, Begun, FinishRun
 from fedsplit.wire.frames import TrunkFailed
 from fedsplit.wire.steps import RefusedStep
 from fedsplit.wire.transport import TrunkLost, Unanswered
@@ -45,6 +45,7 @@ def _exchange(kind: type[port.Control[Any]]) -> Exchange:
 
 EXCHANGES: dict[type[Any], Exchange] = {
     BeginRun: Exchange(form_of(BeginRun), form_of(Begun)),
+    FinishRun: Exchange(form_of(FinishRun), form_of(type(None))),
     **{
         kind: _exchange(kind)
         for kind in (

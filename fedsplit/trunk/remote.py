@@ -11,7 +11,7 @@ from typing import Protocol
 from fedsplit.settings.config import Config
 from fedsplit.trunk.control_bytes import message_as_bytes, reply_from_bytes
 from fedsplit.trunk.port import Control, Leave, Reply, TrunkPort
-from fedsplit.trunk.run_terms import BeginRun, Begun, Terms
+from fedsplit.trunk.run_terms import BeginRun, Begun, FinishRun, Terms
 from fedsplit.wire.grpc_client import RefusedByServer
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.steps import ForeignStep
@@ -58,23 +58,35 @@ def losses() -> Iterator[None]:
         raise TrunkLost(f"the trunk does not serve the run any more ({error})") from error
 
 
-def begin_run(dial: Dial, terms: Terms) -> Begun:
+def begin_run(dial: Dial, terms: Terms, after: str = "") -> Begun:
     """Asks a trunk to begin a run.
 
     Args:
         dial: Connects to the trunk's server.
         terms: Terms of the run.
+        after: Name of the caller's run that is lost and begins again; empty for a new run.
 
     Returns:
-        The name and the incarnation of the run, or the differences of the terms.
+        The name and the incarnation of the run, or the reason why no run has begun.
 
     Raises:
         TrunkLost: The server cannot be reached.
         NotTrusted, RefusedByServer: The server does not accept the caller.
     """
     with contextlib.closing(dial(None)) as line:
-        begun: Begun = reply_from_bytes(BeginRun, line.control(message_as_bytes(BeginRun(terms))))
+        begun: Begun = reply_from_bytes(BeginRun, line.control(message_as_bytes(BeginRun(terms, after))))
     return begun
+
+
+def finish_run(dial: Dial, run: str) -> None:
+    """Tells a trunk that a run is over. Does nothing if the trunk is gone: it has no run then.
+
+    Args:
+        dial: Connects to the trunk's server, with little patience.
+        run: Name of the run.
+    """
+    with contextlib.suppress(TrunkLost), losses(), contextlib.closing(dial(None)) as line:
+        reply_from_bytes(FinishRun, line.control(message_as_bytes(FinishRun(), run)))
 
 
 class RemoteTrunk(TrunkPort):
@@ -86,7 +98,14 @@ class RemoteTrunk(TrunkPort):
         run: Name of the run at the trunk.
     """
 
-    def __init__(self, run: str, dial: Dial, is_operator: bool, most_lines: int = MOST_LINES) -> None:
+    def __init__(
+        self,
+        run: str,
+        dial: Dial,
+        is_operator: bool,
+        most_lines: int = MOST_LINES,
+        finish: Callable[[], None] = lambda: None,
+    ) -> None:
         """Connects at the first request.
 
         Args:
@@ -94,7 +113,9 @@ class RemoteTrunk(TrunkPort):
             dial: Connects to the trunk's server.
             is_operator: True for the federation. A client may send packets only.
             most_lines: Connections of clients that are kept.
+            finish: Tells the trunk that the run is over; called once, by `kill`.
         """
+        self._finish = finish
         self.run = run
         self._dial = dial
         self._is_operator = is_operator
@@ -139,11 +160,14 @@ class RemoteTrunk(TrunkPort):
         return []
 
     def kill(self) -> None:
-        """Ends all connections. The trunk's process goes on, and may serve another run."""
+        """Ends the run and all connections. The trunk's process goes on, and may serve another run."""
         with self._guard:
+            finish = self._finish
+            self._finish = lambda: None
             lines = [*self._lines.values(), *([self._operator] if self._operator else [])]
             self._lines.clear()
             self._operator = None
+        finish()
         for line in lines:
             line.close()
 

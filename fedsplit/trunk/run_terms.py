@@ -1,4 +1,4 @@
-"""Terms on which a run and a trunk in a process of its own agree, and the message that begins a run."""
+"""Terms on which a run and a trunk in a process of its own agree, and the messages that begin and end a run."""
 
 from __future__ import annotations
 
@@ -54,13 +54,20 @@ class Terms:
 
 @dataclass(frozen=True)
 class BeginRun:
-    """Asks a trunk in a process of its own to begin a run. The run before it ends, whoever began it.
+    """Asks a trunk in a process of its own to begin a run. The trunk serves one run at a time.
 
     Attributes:
         terms: Terms of the run.
+        after: Name of the caller's run that is lost and begins again; empty for a new run.
     """
 
     terms: Terms
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class FinishRun:
+    """Tells a trunk in a process of its own that a run is over, so that another one can begin."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,16 @@ class Begun:
     """Reply to `BeginRun`.
 
     Attributes:
-        run: Name of the new run; empty if the terms differ.
-        incarnation: Identity of the new start of the trunk; empty if the terms differ.
+        run: Name of the new run; empty if no run has begun.
+        incarnation: Identity of the new start of the trunk; empty if no run has begun.
         differences: Differences of the terms, in words.
+        is_busy: True if the trunk serves a run of somebody else.
     """
 
     run: str = ""
     incarnation: str = ""
     differences: tuple[str, ...] = ()
+    is_busy: bool = False
 
 
 def _shown(value: str) -> str:

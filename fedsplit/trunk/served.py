@@ -10,14 +10,16 @@ import gc
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from fedsplit.clock import Clock
 from fedsplit.trunk.control_bytes import error_as_bytes, message_from_bytes, reply_as_bytes
 from fedsplit.trunk.port import Control
 from fedsplit.trunk.requests import Done
-from fedsplit.trunk.run_terms import BeginRun, Begun, Terms
+from fedsplit.trunk.run_terms import BeginRun, Begun, FinishRun, Terms
 from fedsplit.trunk.service import TrunkService
 from fedsplit.trunk.status import TrunkStatus
 from fedsplit.trunk.workers import run_until_defect
@@ -41,15 +43,19 @@ class ServedRun:
     Attributes:
         name: Name of the run.
         incarnation: Identity of this start of the trunk.
+        heard: Time of the last request.
     """
 
-    def __init__(self, load: Load, threads: int) -> None:
+    def __init__(self, load: Load, threads: int, clock: Clock = time.monotonic) -> None:
         """Loads a fresh trunk, and starts the thread.
 
         Args:
             load: Loads the trunk.
             threads: Threads that torch may use in the deciding thread.
+            clock: Clock for the time of the last request.
         """
+        self._clock = clock
+        self.heard = clock()
         self.name = new_trunk_name()
         self.incarnation = new_incarnation()
         self._service = load(self.name, self.incarnation)
@@ -104,6 +110,7 @@ class ServedRun:
         Returns:
             The function to call with the answer; None if the run is over.
         """
+        self.heard = self._clock()
         with self._guard:
             if self._is_over:
                 return None
@@ -126,20 +133,26 @@ class ServedTrunk:
     loads trunks. The replies are written by the thread of the run, since a later step may change the same tensors.
     """
 
-    def __init__(self, load: Load, terms: Terms, threads: int = 1) -> None:
+    def __init__(
+        self, load: Load, terms: Terms, threads: int = 1, timeout: float = 600.0, clock: Clock = time.monotonic
+    ) -> None:
         """Loads the trunk of the first run, so that what is wrong with the model is known at once.
 
         Args:
             load: Loads a fresh trunk.
             terms: Terms on which the trunk serves runs.
             threads: Threads that torch may use in the deciding thread.
+            timeout: Seconds without a request after which a run is abandoned, so that another one can begin.
+            clock: Clock for the timeout.
         """
+        self._timeout = timeout
+        self._clock = clock
         self._load = load
         self._terms = terms
         self._threads = threads
         self._packets = 0
         self._run: ServedRun | None = None
-        self._prepared: ServedRun | None = ServedRun(load, threads)
+        self._prepared: ServedRun | None = ServedRun(load, threads, clock)
         self._requests: queue.SimpleQueue[tuple[bytes, Reply] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._answer_requests, name="control", daemon=True)
         self._thread.start()
@@ -186,29 +199,44 @@ class ServedTrunk:
         try:
             message, name = message_from_bytes(request)
             if isinstance(message, BeginRun):
-                done(reply_as_bytes(BeginRun, self._begin(message.terms)))
+                done(reply_as_bytes(BeginRun, self._begin(message)))
                 return
             run = self._run
             if run is None or run.name != name:
                 raise TrunkLost("no run has begun at this trunk" if run is None else "the trunk serves another run")
+            if isinstance(message, FinishRun):
+                self._finish()
+                done(reply_as_bytes(FinishRun, None))
+                return
         except Exception as error:  # noqa: BLE001  # the operator's to read, whatever went wrong
             done(error_as_bytes(error))
         else:
             run.request(message, lambda reply: done(self._as_bytes(type(message), reply)))
 
-    def _begin(self, terms: Terms) -> Begun:
-        """Ends the current run, and begins another one, if its terms are those of the trunk."""
-        differences = self._terms.differences(terms)
+    def _begin(self, message: BeginRun) -> Begun:
+        """Begins a run, if its terms are those of the trunk, and no run of somebody else goes on."""
+        differences = self._terms.differences(message.terms)
         if differences:
             return Begun(differences=differences)
-        if self._run is not None:
-            self._run.close()
-            self._run = None  # before the new weights come: memory need not hold both
-            gc.collect()
-        run = self._prepared or ServedRun(self._load, self._threads)
+        if self._is_busy_for(message.after):
+            return Begun(is_busy=True)
+        self._finish()  # before the new weights come: memory need not hold both
+        run = self._prepared or ServedRun(self._load, self._threads, self._clock)
         self._prepared = None
         self._run = run
         return Begun(run.name, run.incarnation)
+
+    def _is_busy_for(self, after: str) -> bool:
+        """Returns True if the current run goes on, and is not the one that begins again."""
+        run = self._run
+        return run is not None and run.name != after and self._clock() - run.heard < self._timeout
+
+    def _finish(self) -> None:
+        """Ends the current run, if there is one."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+            gc.collect()
 
     def _as_bytes(self, kind: type[Any], reply: Any) -> bytes:
         """Returns a reply, or the error in its place, as bytes. A status has the number of packets that have come."""

@@ -22,6 +22,7 @@ from fedsplit.settings.documents import build
 from fedsplit.trunk.run_terms import Begun
 from fedsplit.wire.tls import NotTrusted
 from fedsplit.wire.transport import TrunkLost
+from fedsplit.wire.typed_values import MalformedValue
 
 ONE_AT_A_TIME = {"train.micro_batches": 1}
 """The trunk in this process computes while the client waits: both would draw from the process's random state."""
@@ -72,13 +73,15 @@ class Servers:
     def __init__(self, *outcomes: Begun | Exception) -> None:
         self.outcomes = list(outcomes)
         self.patience: list[float] = []
+        self.after: list[str] = []
 
     def dial_of(self, config: Config, patience: float | None = None) -> Any:
         if patience is not None:
             self.patience.append(patience)
         return None
 
-    def begin_run(self, dial: Any, terms: Any) -> Begun:
+    def begin_run(self, dial: Any, terms: Any, after: str) -> Begun:
+        self.after.append(after)
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
@@ -106,7 +109,8 @@ def test_a_run_begins_once_more_at_the_same_server(place: Place) -> None:
     """With little patience at the start, and with that of the settings after a loss."""
     made, servers = place(Begun("first", "a"), TrunkLost("still down"), Begun("second", "b"))
     assert [made.begin()[0], made.begin()[0]] == ["first", "second"]
-    assert servers.patience == [trunk_places._FIRST_SECONDS, 77, 77]
+    assert [seconds for seconds in servers.patience if seconds > trunk_places._LAST_SECONDS] == [10.0, 77, 77]
+    assert servers.after == ["", "first", "first"]
 
 
 def test_nobody_answers_as_the_run_starts(place: Place) -> None:
@@ -119,9 +123,11 @@ def test_nobody_answers_as_the_run_starts(place: Place) -> None:
     ("outcome", "words"),
     [
         (NotTrusted("a wrong token"), r"a server that accepts this run \(a wrong token\)"),
+        (MalformedValue("not a BeginRun"), r"a server that accepts this run \(not a BeginRun\)"),
         (Begun(differences=("seed (0 there)",)), r"a trunk with the settings of this run; these differ: seed"),
+        (Begun(is_busy=True), r"a trunk that serves no other run now"),
     ],
-    ids=["token", "settings"],
+    ids=["token", "version", "settings", "busy"],
 )
 def test_a_run_that_the_server_does_not_accept_is_the_users_fault_at_the_start_alone(
     outcome: Any, words: str, place: Place

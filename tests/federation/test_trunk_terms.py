@@ -61,9 +61,9 @@ def test_the_model_counts_by_content_and_not_by_place(tiny_models: dict[str, Pat
         return terms_of(build({**COMMON, "model": str(folder), "cut": "1:2"}))
 
     assert terms(model) == terms(tiny_models["gpt2"])
-    with open(model / "model.safetensors", "r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x07")
+    with open(model / "model.safetensors", "r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x07")
     found = terms_of(build({**COMMON, "model": str(model), "cut": "1:2"}))
     ours = terms_of(build({**COMMON, "model": str(tiny_models["gpt2"]), "cut": "1:2"}))
     assert ours.differences(found) == ("model (model.safetensors)",)

@@ -20,7 +20,7 @@ from fedsplit.trunk.control_bytes import (
     reply_as_bytes,
     reply_from_bytes,
 )
-from fedsplit.trunk.run_terms import BeginRun, Begun
+from fedsplit.trunk.run_terms import BeginRun, Begun, FinishRun
 from fedsplit.wire.frames import TrunkFailed
 from fedsplit.wire.steps import ForeignStep, UnboundedStep
 from fedsplit.wire.transport import TrunkLost
@@ -29,12 +29,13 @@ from fedsplit.wire.typed_values import MalformedValue, as_bytes, form_of
 
 def reply_of(kind: type[Any]) -> Any:
     """The type that a message declares for its reply."""
-    return Begun if kind is BeginRun else get_args(kind.__orig_bases__[0])[0]
+    of_runs = {BeginRun: Begun, FinishRun: type(None)}
+    return of_runs.get(kind) or get_args(kind.__orig_bases__[0])[0]
 
 
 def test_every_message_of_the_port_has_a_form() -> None:
     of_the_port = {kind for kind in port.Control.__subclasses__() if kind.__module__ == port.__name__}
-    assert of_the_port | {BeginRun} == EXCHANGES.keys()
+    assert of_the_port | {BeginRun, FinishRun} == EXCHANGES.keys()
 
 
 @pytest.mark.parametrize("kind", EXCHANGES)

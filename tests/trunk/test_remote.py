@@ -9,8 +9,8 @@ import pytest
 from fedsplit.settings.documents import build
 from fedsplit.trunk import port
 from fedsplit.trunk.control_bytes import message_from_bytes, reply_as_bytes
-from fedsplit.trunk.remote import RemoteTrunk, begin_run
-from fedsplit.trunk.run_terms import BeginRun, Begun, Terms
+from fedsplit.trunk.remote import RemoteTrunk, begin_run, finish_run
+from fedsplit.trunk.run_terms import BeginRun, Begun, FinishRun, Terms
 from fedsplit.wire.grpc_client import RefusedByServer
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import ForeignStep, StaleStep
@@ -142,10 +142,23 @@ def test_a_refused_step_is_no_loss(exchange: Exchange) -> None:
 
 def test_a_run_begins_by_a_connection_that_is_closed_again(exchange: Exchange) -> None:
     exchange.reply = Begun("trunk-1", "first")
-    assert begin_run(exchange, Terms({"seed": "0"})) == Begun("trunk-1", "first")
+    assert begin_run(exchange, Terms({"seed": "0"}), after="trunk-0") == Begun("trunk-1", "first")
     (line,) = exchange.lines
     assert (line.client, line.is_closed) == (None, True)
-    assert line.asked == [(BeginRun(Terms({"seed": "0"})), "")]
+    assert line.asked == [(BeginRun(Terms({"seed": "0"}), "trunk-0"), "")]
+
+
+@pytest.mark.parametrize("error", [None, TrunkLost("gone"), RefusedByServer("ABORTED", "restart")], ids=repr)
+def test_the_end_of_a_run_is_told_once_and_a_trunk_that_is_gone_needs_not_know(
+    error: Exception | None, exchange: Exchange
+) -> None:
+    exchange.error = error
+    trunk = RemoteTrunk("t", exchange, is_operator=True, finish=lambda: finish_run(exchange, "t"))
+    trunk.kill()
+    trunk.kill()
+    (line,) = exchange.lines
+    assert line.is_closed
+    assert line.asked == ([] if error else [(FinishRun(), "t")])
 
 
 def test_it_has_no_nodes_and_no_replicas(exchange: Exchange) -> None:

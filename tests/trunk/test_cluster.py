@@ -226,8 +226,17 @@ def test_another_thread_waits_until_the_main_thread_has_a_ray(monkeypatch: pytes
     looks = iter((False, False, True))
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: next(looks))
     monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.0)
-    cluster.wait_until_started(60.0)
+    waiting = threading.Thread(target=cluster.wait_until_started, args=[60.0])
+    waiting.start()
+    waiting.join()
     assert next(looks, None) is None
+
+
+def test_the_main_thread_does_not_wait_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the ServerApp of a deployment does, in whose process there is no Ray."""
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    with pytest.raises(cluster.ClusterFailed, match="started without a Ray"):
+        cluster.wait_until_started(3600.0)
 
 
 def test_nobody_waits_for_a_main_thread_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,11 +163,12 @@ def wait_until_started(seconds: float) -> None:
         seconds: Longest wait.
 
     Raises:
-        ClusterFailed: The main thread has not connected in time, or has ended.
+        ClusterFailed: The main thread has not connected in time, has ended, or is the caller itself.
     """
     until = time.monotonic() + seconds
+    main = threading.main_thread()
     while not ray.is_initialized():
-        if time.monotonic() > until or not threading.main_thread().is_alive():
+        if time.monotonic() > until or not main.is_alive() or main is threading.current_thread():
             raise ClusterFailed("this process was started without a Ray, which plays clients and trunk")
         time.sleep(_LOOK_SECONDS)
 

@@ -12,7 +12,7 @@ from conftest import with_added_token, write_corpus
 from safetensors.torch import load_file, save_file
 
 from fedsplit.commands import checks, simulate
-from fedsplit.errors import SettingError
+from fedsplit.errors import InputErrors, SettingError
 from fedsplit.proving.kept import proof_of
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
@@ -264,3 +264,12 @@ def test_nodes_that_read_the_data_by_themselves_need_its_whole_path(
 
 def pinned(dataset: str) -> Config:
     return build({"data.at": "label", "ray.address": "auto", "dataset": dataset})
+
+
+def test_mods_need_clients_of_flowers_and_plain_adapters() -> None:
+    named = {"mods": ["fixedclipping_mod"]}
+    checks.check_mods(build({"engine": "local", "adapter.codec": "int8"}))
+    checks.check_mods(build(named))
+    with pytest.raises(InputErrors) as caught:
+        checks.check_mods(build({**named, "engine": "local", "adapter.codec": "int8"}))
+    assert [error.setting for error in caught.value.errors] == ["engine", "adapter.codec"]

@@ -220,3 +220,43 @@ def test_a_cluster_that_is_not_there_is_named_at_once(address: str, monkeypatch:
     monkeypatch.setattr(environment, "_own_token", "")
     with pytest.raises(cluster.ClusterFailed, match=f"^no Ray cluster answers at {address}: "), cluster.joined(address):
         raise AssertionError
+
+
+def test_another_thread_waits_until_the_main_thread_has_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter((False, False, True))
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: next(looks))
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.0)
+    waiting = threading.Thread(target=cluster.wait_until_started, args=[60.0])
+    waiting.start()
+    waiting.join()
+    assert next(looks, None) is None
+
+
+def test_the_main_thread_does_not_wait_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the ServerApp of a deployment does, in whose process there is no Ray."""
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    with pytest.raises(cluster.ClusterFailed, match="started without a Ray"):
+        cluster.wait_until_started(3600.0)
+
+
+def test_nobody_waits_for_a_main_thread_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    ended = threading.Thread(target=lambda: None)
+    monkeypatch.setattr(threading, "main_thread", lambda: ended)
+    with pytest.raises(cluster.ClusterFailed, match="started without a Ray"):
+        cluster.wait_until_started(3600.0)
+
+
+def test_the_folder_of_a_plain_ray_is_closed_to_others_and_goes_with_the_process() -> None:
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
+        code = (
+            "import os; from pathlib import Path; from fedsplit.trunk import cluster\n"
+            "cluster.keep_session_folder()\n"
+            "folder = Path(os.environ['RAY_TMPDIR'])\n"
+            "print(folder, oct(folder.stat().st_mode & 0o077))"
+        )
+        env = {**os.environ, "TMPDIR": short}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        folder, mode = done.stdout.split()
+        assert (Path(folder).parent, mode) == (Path(short), "0o0")
+        assert not Path(folder).exists()

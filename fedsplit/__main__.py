@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import fedsplit
-from fedsplit.commands import COMMANDS
+from fedsplit.commands import COMMANDS, module_of
 from fedsplit.errors import InputError
 from fedsplit.shutdown import leave, listen
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fedsplit.commands.exit_codes import exit_code
 
         return exit_code(lambda: _refuse(words[0]), words)
-    module = import_module(f"fedsplit.commands.{words[0]}")
+    module = import_module(module_of(words[0]))
     code: int = module.main(words[1:])
     return code
 

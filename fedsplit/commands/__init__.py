@@ -19,4 +19,15 @@ COMMANDS = {
     "certificates": "make certificates for tests of a trunk over gRPC",
     "completion": "print a script that completes flags in bash or zsh",
 }
-"""What each command does. The module `fedsplit.commands.NAME` has its `main`."""
+"""What each command does."""
+
+
+def module_of(command: str) -> str:
+    """Returns the module with the `main` and the `make_parser` of a command.
+
+    Example:
+        >>> module_of("simulate"), module_of("client")
+        ('fedsplit.commands.simulate', 'fedsplit.commands.site_client')
+    """
+    # `fedsplit.client` is the client of a run, wherever the client is played.
+    return "fedsplit.commands." + ("site_client" if command == "client" else command)

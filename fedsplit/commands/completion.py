@@ -16,7 +16,7 @@ from typing import Any
 
 import fedsplit
 from fedsplit.adaptation.methods import ADAPTER_METHODS
-from fedsplit.commands import COMMANDS
+from fedsplit.commands import COMMANDS, module_of
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.corpora.tables import MADE
 from fedsplit.settings.choices import PROMPTED
@@ -83,7 +83,7 @@ def _parser_of(name: str) -> Parser:
     """Returns the parser of a command."""
     if name == "simulate":
         return simulate_parser()
-    parser: Parser = import_module(f"fedsplit.commands.{name}").make_parser()
+    parser: Parser = import_module(module_of(name)).make_parser()
     return parser
 
 

@@ -15,9 +15,9 @@ from fedsplit.engines.trunk_places import find_trunk
 from fedsplit.errors import InputError
 from fedsplit.federation import records
 from fedsplit.federation.client_service import ClientService, failure_of
+from fedsplit.federation.client_site import NODE_KEY, Site, read_site
 from fedsplit.federation.messages import Request, Train
 from fedsplit.federation.mods import Mod, ModChain, load_mods
-from fedsplit.federation.site import NODE_KEY, Site, read_site
 from fedsplit.settings.documents import from_document
 
 app = ClientApp()

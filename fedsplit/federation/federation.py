@@ -19,6 +19,7 @@ from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.aggregation import make_aggregation
 from fedsplit.federation.attempts import TRIES, Attempt, RoundLost
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
+from fedsplit.federation.client_site import name_of_run
 from fedsplit.federation.clients import Clients, FederationFailed, RollCall, has_start
 from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.introductions import Introduction
@@ -30,7 +31,6 @@ from fedsplit.federation.round_cost import Cost
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.run_summary import norms_of, summarise
 from fedsplit.federation.run_totals import RunTotals
-from fedsplit.federation.site import name_of_run
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.supervision import GivenUp, Supervisor
 from fedsplit.federation.virtual_time import VirtualTime, VirtualTotals, round_event

@@ -17,7 +17,7 @@ from fedsplit.errors import ErrorCollector, InputError, SettingError, check_all
 from fedsplit.settings.command_line import Parser
 
 if TYPE_CHECKING:
-    from fedsplit.federation.site import Site
+    from fedsplit.federation.client_site import Site
 
 _END_SECONDS = 20.0
 """Time that the SuperNode has to end after a signal."""
@@ -69,7 +69,7 @@ def site_of(flags: Mapping[str, Any]) -> Site:
     Raises:
         InputError: A setting is wrong. All errors are reported together.
     """
-    from fedsplit.federation.site import make_site
+    from fedsplit.federation.client_site import make_site
     from fedsplit.settings.flags import read_toml
 
     values, options = read_toml(flags["site"]) if flags["site"] else ({}, {})
@@ -115,7 +115,7 @@ def supernode(flags: Mapping[str, Any], file: Path) -> list[str]:
         file: The site's file.
     """
     program = shutil.which("flower-supernode", path=str(Path(sys.executable).parent)) or "flower-supernode"
-    from fedsplit.federation.site import NODE_KEY
+    from fedsplit.federation.client_site import NODE_KEY
 
     call = [program, "--superlink", flags["superlink"], "--node-config", f'{NODE_KEY}="{file}"']
     call += ["--port", str(flags["port"] or _free_port())]
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         flags = vars(make_parser().read(argv).checked())
         prepare()
-        from fedsplit.federation.site import write_site
+        from fedsplit.federation.client_site import write_site
 
         site = site_of(flags)
         check_all(problems(site, flags))

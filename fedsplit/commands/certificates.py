@@ -23,7 +23,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="fedsplit certificates",
         description="Makes a set of certificates for tests: an authority, and a folder each for the trunk, for the "
-        "operator of the federation, and for each client. Nothing is overwritten.",
+        "operator of the federation, for Flower's SuperLink, and for each client. Nothing is overwritten.",
         allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make, or an empty folder")
@@ -36,7 +36,7 @@ def make_parser() -> Parser:
         metavar="NAME_OR_IP",
         nargs="+",
         default=[],
-        help="names and addresses of the machine of the trunk, beside localhost",
+        help="names and addresses of the machines of the trunk and of the SuperLink, beside localhost",
     )
     parser.add_argument("--days", metavar="N", type=int, default=30, help="days until they expire (default: 30)")
     return parser
@@ -55,13 +55,13 @@ def problems(folder: Path, clients: Sequence[str], hosts: Sequence[str], days: i
         >>> [str(error) for error in problems(Path("new"), ["a", "a"], [], 30)]
         ['clients: a is not possible; allowed: each name once']
     """
-    from fedsplit.wire.set_layout import FEDERATION, TRUNK
+    from fedsplit.wire.set_layout import FEDERATION, SUPERLINK, TRUNK
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         yield SettingError("DIR", shortened(folder), "a folder that does not exist yet, or an empty one")
     for number, name in enumerate(clients):
-        if not _NAME.fullmatch(name) or name in (FEDERATION, TRUNK):
-            allowed = f"letters, digits, - and _ in each name, and neither {FEDERATION} nor {TRUNK}"
+        if not _NAME.fullmatch(name) or name in (FEDERATION, SUPERLINK, TRUNK):
+            allowed = f"letters, digits, - and _ in each name, and not {FEDERATION}, {SUPERLINK} or {TRUNK}"
             yield SettingError("clients", shortened(name), allowed)
         elif name in clients[:number]:
             yield SettingError("clients", name, "each name once")
@@ -75,14 +75,15 @@ def problems(folder: Path, clients: Sequence[str], hosts: Sequence[str], days: i
 def explained(folder: Path, clients: Sequence[str], days: int) -> list[str]:
     """Returns lines about a set that was made: which folder goes where, and what it is for."""
     from fedsplit.wire.identities import CLIENTS_FILE
-    from fedsplit.wire.set_layout import CLIENTS, FEDERATION, TRUNK
+    from fedsplit.wire.set_layout import CLIENTS, FEDERATION, SUPERLINK, TRUNK
 
     return [
         f"certificates for tests, valid for {days} days; the key of their authority is not kept",
         f"  {folder / TRUNK}: to the machine of the trunk, for fedsplit serve --tls; {CLIENTS_FILE} says who is served",
+        f"  {folder / SUPERLINK}: to the machine of Flower's SuperLink",
         f"  {folder / FEDERATION}: to the operator of the federation",
         *(f"  {folder / CLIENTS / name}: to client {number}, {name}" for number, name in enumerate(clients)),
-        "a key.pem is a secret: bring each folder to its party alone",
+        "a key.pem and a supernode.key are secrets: bring each folder to its party alone",
         "where real data are at stake, let an authority of your own issue certificates with the same names",
     ]
 

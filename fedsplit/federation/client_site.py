@@ -30,8 +30,14 @@ from fedsplit.settings.flags import read_toml
 _PLACES = ("dataset", "data.held_out", "init_adapter", "trunk.server", "trunk.token_file", "trunk.tls")
 """Settings that name files and servers. What a run says of them is ignored: no server chooses them for a site."""
 
-OWN = (*_PLACES, "model", "device", "threads", "trunk.wait")
-"""Settings of a run that a site may set, beside those of the section `data`."""
+_OF_SERVER = ("data.at", "data.folder", "data.show")
+
+OWN = (
+    *_PLACES,
+    *("model", "device", "threads", "trunk.wait"),
+    *(name for name in SETTINGS if name.startswith("data.") and name not in (*_PLACES, *_OF_SERVER)),
+)
+"""Settings of a run that a site may set."""
 
 NODE_KEY = "fedsplit-site"
 """Key of a SuperNode's configuration: the file of a site. Without it, the SuperNode is one of a simulation."""
@@ -180,9 +186,8 @@ def make_site(values: Mapping[str, object], options: Mapping[str, Any]) -> Site:
     settings = {name: value for name, value in values.items() if name not in _FIELDS}
     errors += _wrong_fields(fields)
     for name in settings:
-        if name not in OWN and not name.startswith("data."):
-            known = [*_FIELDS, *OWN, *(setting for setting in SETTINGS if setting.startswith("data."))]
-            hint = "it is the run's to set" if name in SETTINGS else suggest(name, known)
+        if name not in OWN:
+            hint = "it is the run's to set" if name in SETTINGS else suggest(name, [*_FIELDS, *OWN])
             errors.append(InputError(f"a site cannot set {name}; {hint}"))
     for name, words in (("dataset", "the data set of the site"), ("trunk.server", "the address of the trunk")):
         if name not in settings:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsplit.wire.identities import CLIENTS_FILE
-from fedsplit.wire.set_layout import CLIENTS, FEDERATION, TRUNK
+from fedsplit.wire.set_layout import CLIENTS, FEDERATION, NODE_KEY, NODE_PUBLIC_KEY, SUPERLINK, TRUNK
 from fedsplit.wire.tls import CA, CERTIFICATE, KEY
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -86,12 +86,12 @@ class _Authority:
 def write_set(folder: Path, clients: Sequence[str], hosts: Sequence[str] = (), days: int = 30) -> None:
     """Writes a set of certificates for tests. The folder is complete, or is not there.
 
-    The trunk's certificate names hosts, so that no other party can be taken for the trunk by somebody who checks hosts.
+    Certificates of trunk and SuperLink name hosts, so that whoever checks hosts takes no other party for one of them.
 
     Args:
         folder: The folder, which is empty or does not exist.
         clients: Names of the clients, in the order of their numbers.
-        hosts: Names and addresses of the trunk, beside those of this machine alone.
+        hosts: Names and addresses of the trunk and of the SuperLink, beside those of this machine alone.
         days: Days until all certificates expire.
 
     Raises:
@@ -112,15 +112,27 @@ def write_set(folder: Path, clients: Sequence[str], hosts: Sequence[str] = (), d
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".draft", dir=folder.parent))
     try:
         authority = _Authority(days)
-        authority.write_party(draft / TRUNK, TRUNK, [*LOOPBACK, *(host for host in hosts if host not in LOOPBACK)])
+        named_hosts = [*LOOPBACK, *(host for host in hosts if host not in LOOPBACK)]
+        for server in (TRUNK, SUPERLINK):
+            authority.write_party(draft / server, server, named_hosts)
         numbers = "".join(f"{name} = {number}\n" for number, name in enumerate(clients))
         (draft / TRUNK / CLIENTS_FILE).write_text(f'federation = "{FEDERATION}"\n\n[clients]\n{numbers}')
         authority.write_party(draft / FEDERATION, FEDERATION)
         for name in clients:
             authority.write_party(draft / CLIENTS / name, name)
+            _write_node_keys(draft / CLIENTS / name)
         os.rename(draft, folder)  # fails on a folder that is not empty
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_node_keys(folder: Path) -> None:
+    """Writes the keys of a SuperNode, of the curve and in the form that Flower takes."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    secret = key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    _write_private(folder / NODE_KEY, secret)
+    (folder / NODE_PUBLIC_KEY).write_bytes(public + b"\n")
 
 
 def _named(text: str) -> x509.Name:

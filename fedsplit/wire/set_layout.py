@@ -8,8 +8,11 @@ from pathlib import Path
 from fedsplit.wire.identities import read_identities
 from fedsplit.wire.tls import CERTIFICATE
 
-TRUNK, FEDERATION, CLIENTS = "trunk", "federation", "clients"
-"""Folders in a set: of the trunk, of the operator of the federation, and of the folders of clients."""
+TRUNK, SUPERLINK, FEDERATION, CLIENTS = "trunk", "superlink", "federation", "clients"
+"""Folders in a set: of the trunk, of Flower's SuperLink, of the federation's operator, and of all clients."""
+
+NODE_KEY, NODE_PUBLIC_KEY = "supernode.key", "supernode.pub"
+"""Files of a client with the keys by which a SuperLink knows the client's SuperNode."""
 
 
 def names_in(folder: Path) -> dict[int, str]:

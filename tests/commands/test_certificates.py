@@ -16,7 +16,7 @@ def test_the_command_says_which_folder_goes_where(tmp_path: Path, capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("certificates for tests, valid for 3 days")
     assert f"  {folder}/clients/south: to client 1, south" in lines
-    for party in ("trunk", "federation", "clients/north", "clients/south"):
+    for party in ("trunk", "superlink", "federation", "clients/north", "clients/south"):
         assert f"  {folder}/{party}: " in "\n".join(lines)
         assert problem(folder / party) == ""
 

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedsplit.wire.certificate_set import write_set
+from fedsplit.wire.set_layout import NODE_KEY, NODE_PUBLIC_KEY
 from fedsplit.wire.tls import CA, CERTIFICATE, KEY, problem
 
-PARTIES = {"trunk": "trunk", "federation": "federation", "clients/north": "north", "clients/south": "south"}
+PARTIES = {name: name for name in ("trunk", "superlink", "federation")}
+PARTIES |= {"clients/north": "north", "clients/south": "south"}
 """Name of the party by folder."""
 
 
@@ -51,7 +54,8 @@ def test_the_set_has_no_further_files_and_one_authority(made: Path) -> None:
     """The key of the authority is nowhere."""
     files = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
     expected = {f"{party}/{name}" for party in PARTIES for name in (CA, CERTIFICATE, KEY)}
-    assert files == {*expected, "trunk/clients.toml"}
+    of_nodes = {f"{party}/{name}" for party in PARTIES if "clients" in party for name in (NODE_KEY, NODE_PUBLIC_KEY)}
+    assert files == {*expected, *of_nodes, "trunk/clients.toml"}
     assert len({(made / party / CA).read_bytes() for party in PARTIES}) == 1
 
 
@@ -60,12 +64,22 @@ def test_the_trunk_knows_clients_by_their_order(made: Path) -> None:
     assert known == {"federation": "federation", "clients": {"north": 0, "south": 1}}
 
 
-def test_only_the_trunk_has_hosts(made: Path) -> None:
-    names = certificate_in(made / "trunk").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+def test_a_supernode_has_keys_that_flower_takes(made: Path) -> None:
+    folder = made / "clients" / "north"
+    assert stat.S_IMODE((folder / NODE_KEY).stat().st_mode) == 0o600
+    key = serialization.load_ssh_private_key((folder / NODE_KEY).read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp384r1"
+    public = serialization.load_ssh_public_key((folder / NODE_PUBLIC_KEY).read_bytes())
+    assert public == key.public_key()
+
+
+@pytest.mark.parametrize("server", ["trunk", "superlink"])
+def test_only_servers_have_hosts(server: str, made: Path) -> None:
+    names = certificate_in(made / server).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["localhost", "trunk.example"]
     addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
     assert addresses == ["127.0.0.1", "::1", "10.0.0.7"]
-    for party in PARTIES.keys() - {"trunk"}:
+    for party in PARTIES.keys() - {"trunk", "superlink"}:
         with pytest.raises(x509.ExtensionNotFound):
             certificate_in(made / party).extensions.get_extension_for_class(x509.SubjectAlternativeName)
 

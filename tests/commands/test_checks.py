@@ -272,4 +272,4 @@ def test_mods_need_clients_of_flowers_and_plain_adapters() -> None:
     checks.check_mods(build(named))
     with pytest.raises(InputErrors) as caught:
         checks.check_mods(build({**named, "engine": "local", "adapter.codec": "int8"}))
-    assert [error.setting for error in caught.value.errors] == ["engine", "adapter.codec"]
+    assert [str(error).partition(":")[0] for error in caught.value.errors] == ["engine", "adapter.codec"]

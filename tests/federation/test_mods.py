@@ -179,7 +179,7 @@ def test_mods_are_loaded_by_name_with_their_options(tmp_path: Path) -> None:
         "LocalDpMod",
         "message_size_mod",
     ]
-    assert mods[2].epsilon == 2.0
+    assert isinstance(mods[2], LocalDpMod) and mods[2].epsilon == 2.0
 
 
 @pytest.mark.parametrize(

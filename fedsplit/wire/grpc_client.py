@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import queue
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,8 +43,26 @@ _WELCOME_SECONDS = 10.0
 
 _FOREVER = 1e9
 
-_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, OSError)
+
+class _EndedByPeer(Exception):
+    """The peer has ended a stream with the status CANCELLED."""
+
+
+_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, OSError, _EndedByPeer)
 """Errors of gRPC's streams that are broken. `ExecuteBatchError`, a `BaseError`, comes from one that the peer ends."""
+
+
+@contextlib.contextmanager
+def _telling_cancellations_apart() -> Iterator[None]:
+    """Raises an error for a stream that the peer has cancelled, which gRPC reports as if this task were cancelled."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise _EndedByPeer("the server has cancelled the stream") from error
+
 
 _CHANNEL_OPTIONS = [
     *OPTIONS,
@@ -323,7 +341,8 @@ class GrpcClient:
         channel = self._channel()
         call = _Call(channel.stream_stream(method)(metadata=said))
         try:
-            yield call
+            with _telling_cancellations_apart():
+                yield call
         except Refused as refused:  # by this side
             raise RefusedByServer(refused.status, f"the server does not keep to the protocol: {refused}") from refused
         except _BROKEN as error:
@@ -416,7 +435,7 @@ class GrpcClient:
             if reply is None:
                 raise _Broken("the server has ended the stream")
             # The reply is here. An error now must not have the request repeated, which the server may have forgotten.
-            with contextlib.suppress(*_BROKEN, Refused):
+            with contextlib.suppress(*_BROKEN, Refused), _telling_cancellations_apart():
                 await call.grpc.done_writing()  # the server need not keep the reply
                 await stream.receive()
             return reply

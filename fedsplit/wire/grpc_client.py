@@ -308,6 +308,7 @@ class GrpcClient:
         sent = self._waiting.pop(number, None)
         if sent is not None:
             sent.put(answer)
+        await stream.give_credit()
         return True
 
     @contextlib.asynccontextmanager

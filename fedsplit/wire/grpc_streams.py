@@ -137,7 +137,7 @@ class ChunkStream(Generic[T]):
             await self._write(message)
 
     async def receive(self, count: Callable[[int], None] = lambda size: None) -> T | None:
-        """Waits for a frame.
+        """Waits for a frame. The caller then gives the peer credit, once the caller knows what it holds.
 
         Args:
             count: Called with the size of each message, for limits.

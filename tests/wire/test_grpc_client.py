@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -196,6 +197,20 @@ def test_the_caller_goes_on_while_a_packet_waits(serving) -> None:
     until(lambda: len(trunk.served) == 4)
     for step in (2, 2, 0, 3, 1):
         assert answers[step]().key.step == step
+    client.close()
+
+
+@pytest.mark.parametrize("size", [20_000, 200_000, 600_000], ids=["small", "one chunk", "three chunks"])
+def test_more_bytes_than_a_window_has_cross_in_both_directions(
+    size: int, serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_client, "_WINDOW", 2**21)
+    client = GrpcClient(at(serving(limits=Limits(window=2**21)).port), 0)
+    for step in range(2 + 3 * 2**19 // size):
+        answers: queue.SimpleQueue[Packet] = queue.SimpleQueue()
+        waiting = client.send(packet(step, size=size))
+        threading.Thread(target=lambda waiting, answers: answers.put(waiting()), args=(waiting, answers)).start()
+        assert answers.get(timeout=LONG).key.step == step
     client.close()
 
 

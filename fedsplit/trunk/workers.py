@@ -111,11 +111,15 @@ class WorkerThreads:
             work = functools.partial(self._compute_next, name)
             thread = threading.Thread(
                 target=run_until_defect,
-                args=(work, threads, lambda: self._is_closed),
+                args=(work, threads, functools.partial(self._is_over, name)),
                 name=name,
                 daemon=True,  # a computation must not keep an ending process alive
             )
             thread.start()
+
+    def _is_over(self, name: str) -> bool:
+        """Returns True once a worker has done all calls that came before the end."""
+        return self._is_closed and self._queues[name].empty()
 
     def _compute_next(self, name: str) -> None:
         """Computes one call.

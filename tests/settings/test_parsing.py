@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedsplit.errors import SettingError
-from fedsplit.settings.parsing import parse_cut, parse_memory, parse_partition, parse_quantization
+from fedsplit.settings.parsing import parse_cut, parse_memory, parse_partition, parse_quantization, parse_server
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,24 @@ def test_a_partition_that_cannot_be_is_refused_with_those_that_can() -> None:
     assert parse_partition("dirichlet:0.3:topic").column == "topic"
     with pytest.raises(SettingError, match=r"^partition: dirichlet:-1 is not possible; allowed: auto"):
         parse_partition("dirichlet:-1")
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:50052", ("127.0.0.1", 50052)),
+        ("trunk.example:1", ("trunk.example", 1)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("127.0.0.1", None),
+        ("127.0.0.1:0", None),
+        ("127.0.0.1:65536", None),
+        (":50052", None),
+        ("::1:50052", None),
+        ("a b:1", None),
+        ("http://trunk.example:1", None),
+        ("trunk.example:\N{ARABIC-INDIC DIGIT ONE}", None),
+        ("", None),
+    ],
+)
+def test_a_server_is_a_host_and_a_port(text: str, address: tuple[str, int] | None) -> None:
+    assert parse_server(text) == address

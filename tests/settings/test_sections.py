@@ -25,3 +25,8 @@ def test_clients_take_ranks_in_turn() -> None:
 def test_a_prefix_takes_positions_and_crosses_no_virtual_tokens(kind: str, virtual: int, positions: int) -> None:
     prompt = PromptSettings(kind=kind, tokens=5)
     assert (prompt.virtual, prompt.positions) == (virtual, positions)
+
+
+def test_a_server_has_an_address_and_no_server_has_none() -> None:
+    assert build({"trunk.server": "[::1]:7"}).trunk.server_address == ("::1", 7)
+    assert build({}).trunk.server_address == ("", 0)

@@ -47,3 +47,9 @@ def test_no_ray_is_imported_for_a_trunk_of_this_process(tmp_path: Path) -> None:
     root = Path(doors.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = [{str(root)!r}]; {script}"], cwd=tmp_path)
     assert done.returncode == 0
+
+
+def test_a_run_with_the_trunk_of_a_server_starts_no_process_for_it() -> None:
+    settings = {"cut": "1:5", "trunk.stages": "1:2:5", "trunk.replicas": 3}
+    assert doors.count(build(settings)) == 6
+    assert doors.count(build({**settings, "trunk.server": "127.0.0.1:50052"})) == 0

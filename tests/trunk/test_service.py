@@ -266,3 +266,15 @@ def test_changes_of_base_weights_are_taken_back_until_they_are_committed(tiny_mo
     trunk.unfold()
     trunk.unfold()  # once more changes nothing
     assert all(torch.equal(tensor, committed[name]) for name, tensor in weights().items())
+
+
+def test_a_closed_service_wakes_the_thread_that_works_and_ends_its_workers(tiny_models: dict[str, Path]) -> None:
+    before = set(threading.enumerate())
+    service = LocalTrunk(build({"model": str(tiny_models["gpt2"]), "cut": "1:2"})).service
+    both = TrunkService(service.server, TrunkSettings(), workers=2)
+    working = threading.Thread(target=both.work, daemon=True)
+    working.start()
+    both.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive(), thread.name

@@ -345,6 +345,8 @@ class GrpcClient:
                 yield call
         except Refused as refused:  # by this side
             raise RefusedByServer(refused.status, f"the server does not keep to the protocol: {refused}") from refused
+        except _EndedByPeer as error:
+            raise _Broken(str(error)) from error
         except _BROKEN as error:
             raise await self._explained(call) from error
         finally:
@@ -377,7 +379,11 @@ class GrpcClient:
 
     async def _explained(self, call: _Call) -> Exception:
         """Returns the error for the end of a call."""
-        status = (await call.grpc.code()).name
+        try:
+            async with asyncio.timeout(_WELCOME_SECONDS):
+                status = (await call.grpc.code()).name
+        except TimeoutError:
+            return _Broken("the stream is broken, and the server does not say why")
         words = await call.grpc.details() or ""
         name = entry(await call.grpc.trailing_metadata(), ERROR)
         if name:
@@ -430,10 +436,13 @@ class GrpcClient:
             sending = asyncio.ensure_future(stream.send([memoryview(request)]))
             try:
                 reply = await stream.receive()
+                if reply is None:
+                    raise _Broken("the server has ended the stream")
+                await (
+                    sending
+                )  # it has been sent, but its task may not have heard: to cancel a write ends the whole call
             finally:
                 sending.cancel()
-            if reply is None:
-                raise _Broken("the server has ended the stream")
             # The reply is here. An error now must not have the request repeated, which the server may have forgotten.
             with contextlib.suppress(*_BROKEN, Refused), _telling_cancellations_apart():
                 await call.grpc.done_writing()  # the server need not keep the reply

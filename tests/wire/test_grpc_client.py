@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import pickle
 import queue
@@ -360,6 +361,38 @@ def test_a_control_request_is_not_carried_out_by_a_server_that_was_started_again
     thread.join(LONG)
     assert isinstance(came[0], TrunkLost) and "the trunk was started again" in str(came[0])
     assert second.asked == []
+
+
+@pytest.mark.parametrize("end", ["before the reply", "after the reply"])
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), grpc.aio.InternalError("closed")], ids=["cancel", "close"])
+def test_a_stream_that_breaks_carries_no_request_twice(
+    error: BaseException, end: str, serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC raises `CancelledError` for a stream that has been cancelled, as for a task that this side cancels."""
+    ended: list[str] = []
+    asked: list[bytes] = []
+
+    class Breaking(grpc_client.ChunkStream[Any]):
+        """Breaks once, at the wait for the reply or at the farewell."""
+
+        waits = 0
+
+        async def receive(self, count: Callable[[int], None] = lambda size: None) -> Any:
+            self.waits += 1
+            if not ended and self.waits == (1 if end == "before the reply" else 2):
+                ended.append(end)
+                raise error
+            return await super().receive(count)
+
+    def control(request: bytes, done: Any) -> None:
+        asked.append(request)
+        done(b"reply")
+
+    monkeypatch.setattr(grpc_client, "_WELCOME_SECONDS", 0.5)
+    monkeypatch.setattr(grpc_client, "ChunkStream", Breaking)
+    thread, came = asking(GrpcClient(at(serving(control=control).port)), b"request")
+    thread.join(LONG)
+    assert came == [b"reply"] and ended == [end] and len(asked) == 1
 
 
 class Service:

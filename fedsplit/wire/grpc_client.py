@@ -438,9 +438,7 @@ class GrpcClient:
                 reply = await stream.receive()
                 if reply is None:
                     raise _Broken("the server has ended the stream")
-                await (
-                    sending
-                )  # it has been sent, but its task may not have heard: to cancel a write ends the whole call
+                await sending  # its task may not have heard that all is sent, and a cancelled write ends the whole call
             finally:
                 sending.cancel()
             # The reply is here. An error now must not have the request repeated, which the server may have forgotten.

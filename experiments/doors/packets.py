@@ -2,8 +2,8 @@
 
     python -m experiments.doors.packets                     # writes packets.json beside this file, and the table
 
-The server sends each packet back. A round sends one packet of each size through each door, one after the other, so that
-a busy moment of the machine meets all doors. The table has medians, and the ratio to the local socket.
+The server sends each packet back. A round sends one packet of each size through each door, in an order that
+changes, so that a busy moment of the machine meets all doors. The table has medians, and the ratio to the local socket.
 """
 
 from __future__ import annotations
@@ -64,12 +64,19 @@ def measure(rounds: int, with_ray: bool) -> list[dict[str, Any]]:
         packets = {size: packet_of(size) for size in SIZES}
         taken: dict[tuple[str, int], list[float]] = {}
         for number in range(rounds + 2):
+            # Each door is the first one now and then: caches are cold after the largest packets.
+            turn = number % len(clients)
+            doors = [*clients, *clients][turn : turn + len(clients)]
             for size, packet in packets.items():
-                for door, client in clients.items():
-                    seconds = seconds_of(client, packet)
+                for door in doors:
+                    seconds = seconds_of(clients[door], packet)
                     if number >= 2:  # the first rounds are warm-up
                         taken.setdefault((door, size), []).append(seconds)
-    return [{"door": door, "bytes": size, "seconds": times} for (door, size), times in taken.items()]
+    order = list(clients)
+    return [
+        {"door": door, "bytes": size, "seconds": times}
+        for (door, size), times in sorted(taken.items(), key=lambda item: order.index(item[0][0]))
+    ]
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[str]:

@@ -43,9 +43,12 @@ def _exchange(kind: type[port.Control[Any]]) -> Exchange:
     return Exchange(form_of(message), form_of(reply))
 
 
+_NOTHING: Any = type(None)
+"""Type of the reply to a message that asks for nothing."""
+
 EXCHANGES: dict[type[Any], Exchange] = {
     BeginRun: Exchange(form_of(BeginRun), form_of(Begun)),
-    FinishRun: Exchange(form_of(FinishRun), form_of(type(None))),
+    FinishRun: Exchange(form_of(FinishRun), form_of(_NOTHING)),
     **{
         kind: _exchange(kind)
         for kind in (

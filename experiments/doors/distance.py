@@ -140,10 +140,15 @@ def bound(latency: float, rate: float, in_flight: int) -> float:
         True
     """
     crossing = STEP_BYTES / MICROS / rate
-    one = COMPUTE_SECONDS + 2 * crossing + 2 * latency
-    # A micro-batch begins when the one `in_flight` before is done. Client and each direction take one at a time.
-    apart = max(COMPUTE_SECONDS, crossing, one / in_flight)
-    return (MICROS - 1) * apart + one
+    computed = up = down = 0.0  # when the client and each direction of the link are free
+    answered: list[float] = []
+    for micro in range(MICROS):
+        begins = max(computed, answered[micro - in_flight] if micro >= in_flight else 0.0)
+        computed = begins + COMPUTE_SECONDS
+        up = max(computed, up) + crossing
+        down = max(up + latency, down) + crossing
+        answered.append(down + latency)
+    return answered[-1]
 
 
 def measure(steps: int) -> list[dict[str, Any]]:

@@ -43,7 +43,8 @@ def _exchange(kind: type[port.Control[Any]]) -> Exchange:
     return Exchange(form_of(message), form_of(reply))
 
 
-_NOTHING: Any = type(None)  # mypy takes the class for one without a hash
+_NOTHING: Any = type(None)
+"""Type of the reply to a message that asks for nothing."""
 
 EXCHANGES: dict[type[Any], Exchange] = {
     BeginRun: Exchange(form_of(BeginRun), form_of(Begun)),

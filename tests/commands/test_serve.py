@@ -91,7 +91,7 @@ def test_two_runs_after_one_another_leave_the_adapters_of_a_trunk_of_their_own(
         for name in ("first", "second"):
             flags = ["--config", "mine.toml", "--engine", engine, *workers, *served.flags]
             done = simulate(tmp_path, [*flags, "--trunk.token-file", "mine.token", "--out", name])
-            assert (done.returncode, done.stderr) == (0, ""), done.stdout
+            assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
             assert adapters(tmp_path / name) == own
             assert token not in done.stdout + (tmp_path / name / "config.toml").read_text()
         served.send_signal(signal.SIGTERM)
@@ -107,7 +107,7 @@ def test_with_certificates_every_client_calls_as_itself(config: Path, own: dict[
     with Served(tmp_path, config, "--tls", "set/trunk") as served:
         flags = ["--config", "mine.toml", "--engine", "ray", *served.flags, "--trunk.tls", "set"]
         done = simulate(tmp_path, [*flags, "--trunk.token-file", "mine.token", "--out", "run"])
-        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
         assert adapters(tmp_path / "run") == own
 
         plain = simulate(tmp_path, [*flags[:-2], "--trunk.token-file", "mine.token", "--out", "plain"])

@@ -40,9 +40,9 @@ def test_a_step_is_as_long_as_its_longest_part() -> None:
     compute, micros = distance.COMPUTE_SECONDS, distance.MICROS
     assert distance.bound(0.0, nothing, 1) == pytest.approx(micros * compute)
     assert distance.bound(0.1, nothing, 1) == pytest.approx(micros * (compute + 0.2))
-    assert distance.bound(0.1, nothing, micros) == pytest.approx(
-        compute + 0.2 + (micros - 1) * (compute + 0.2) / micros
-    )
+    assert distance.bound(0.1, nothing, micros) == pytest.approx(micros * compute + 0.2)
+    # Four begin at 0, 10, 20 and 30 ms; the other four with the answers, the last one at 240 ms.
+    assert distance.bound(0.1, nothing, 4) == pytest.approx(0.24 + compute + 0.2)
     slow = distance.STEP_BYTES / micros  # a micro-batch a second
     assert distance.bound(0.0, slow, micros) == pytest.approx(micros + 1 + compute)
 

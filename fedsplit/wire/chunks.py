@@ -103,7 +103,7 @@ def _varint(number: int) -> bytes:
 
     Example:
         >>> _varint(300)
-        b'\\xac\\x02'
+        b'\xac\x02'
     """
     groups = bytearray()
     while number > 127:

@@ -31,7 +31,7 @@ PATIENTS = 60
 
 SETTINGS = """\
 clients = 2
-rounds = 2
+rounds = {rounds}
 dataset = "both.jsonl"
 partition = "natural"
 deterministic = true
@@ -53,7 +53,6 @@ samples = 4
 
 RUN_CONFIG = {
     "clients": 2,
-    "num-server-rounds": 2,
     "local-steps": 2,
     "deterministic": True,
     "lora.rank": "2",
@@ -157,11 +156,12 @@ def show(folder: Path) -> None:
     print(f"  {folder.name + ':':<12} {', '.join(names)}")
 
 
-def federate(root: Path) -> Path:
+def federate(root: Path, rounds: int) -> Path:
     """Plays the federation, and returns the folder of the run.
 
     Args:
         root: An empty folder.
+        rounds: Number of rounds.
     """
     # 1. Every party gets a folder that no other user may enter, and its own certificate.
     trunk, superlink, operator = (root / name for name in ("trunk", "superlink", "operator"))
@@ -176,7 +176,7 @@ def federate(root: Path) -> Path:
         shutil.move(made / "clients" / name, folder / "certificate")
         write_notes(folder / "notes.jsonl", [name])
     shutil.rmtree(made)
-    (trunk / "run.toml").write_text(SETTINGS)
+    (trunk / "run.toml").write_text(SETTINGS.format(rounds=rounds))
 
     trunk_at, superlink_at = (f"127.0.0.1:{free_port()}" for _ in range(2))
     serve = ["fedsplit", "serve", "--run", "run.toml", "--port", trunk_at.partition(":")[2], "--tls", "certificate"]
@@ -213,7 +213,12 @@ def federate(root: Path) -> Path:
         # 5. The operator starts the run.
         flags = ["--data.at", "site", "--data.format", "text", "--eval.samples", "4", "--trunk.server", trunk_at]
         flags += ["--trunk.tls", operator / "certificate", "--trunk.token-file", operator / "trunk.token"]
-        values = {**RUN_CONFIG, "out": str(operator / "run"), "flags": shlex.join(map(str, flags))}
+        values = {
+            **RUN_CONFIG,
+            "num-server-rounds": rounds,
+            "out": str(operator / "run"),
+            "flags": shlex.join(map(str, flags)),
+        }
         settings = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
         shown = do(
             ["flwr", "run", REPOSITORY, "ours", "--stream", "--run-config", settings], operator, FLWR_HOME=str(home)
@@ -227,12 +232,12 @@ def federate(root: Path) -> Path:
     return operator / "run"
 
 
-def simulate(root: Path) -> Path:
+def simulate(root: Path, rounds: int) -> Path:
     """Simulates the same federation, and returns the folder of the run."""
     folder = root / "simulation"
     folder.mkdir()
     write_notes(folder / "both.jsonl", HOSPITALS)
-    (folder / "run.toml").write_text(SETTINGS)
+    (folder / "run.toml").write_text(SETTINGS.format(rounds=rounds))
     do(["fedsplit", "simulate", "--config", "run.toml", "--engine", "local", "--out", "run"], folder)
     return folder / "run"
 
@@ -245,11 +250,13 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="an empty folder for all parties (default: a temporary one)")
-    given: Path | None = parser.parse_args().folder
+    parser.add_argument("--rounds", type=int, default=2, help="number of rounds (default: 2)")
+    flags = parser.parse_args()
+    given: Path | None = flags.folder
     with tempfile.TemporaryDirectory() as temporary:
         root = (given or Path(temporary)).absolute()
-        played = federate(root)
-        simulated = simulate(root)
+        played = federate(root, flags.rounds)
+        simulated = simulate(root, flags.rounds)
         losses = [json.loads((run / "summary.json").read_text())["eval_loss"] for run in (played, simulated)]
         adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (played, simulated)]
     print(f"held-out loss of the federation: {losses[0]}; of its simulation: {losses[1]}")

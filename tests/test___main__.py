@@ -10,7 +10,7 @@ import pytest
 
 import fedsplit
 from fedsplit import __main__ as command
-from fedsplit.commands import simulate
+from fedsplit.commands import module_of, simulate
 
 
 def test_help_lists_every_command_and_each_has_a_main(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,7 +18,7 @@ def test_help_lists_every_command_and_each_has_a_main(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     for name in command.COMMANDS:
         assert f"\n  {name} " in shown
-        imported = f"import sys, fedsplit.commands.{name} as module"
+        imported = f"import sys, {module_of(name)} as module"
         code = f"{imported}; sys.exit(not callable(module.main) or 'torch' in sys.modules)"
         subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -82,6 +82,7 @@ HOMES = {
         "engines.flower_engine",
         "engines.flower_clients",
         "engines.flower_runtime",
+        "engines.flower_sites",
         "engines.pool_grid",
         "engines.client_app",
     },
@@ -147,7 +148,7 @@ HOMES = {
         "durable",
         "tensor_files",
     },
-    "tomli_w": {"federation.checkpoint", "commands.network"},
+    "tomli_w": {"federation.checkpoint", "federation.client_site", "commands.network"},
     "transformers": {
         "inputs",
         "model.attention",

@@ -46,6 +46,21 @@ def test_a_run_has_the_settings_of_the_run_configuration(monkeypatch: pytest.Mon
     ]
 
 
+def test_clients_at_sites_need_no_ray_and_the_server_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sites may connect than are there as the run begins."""
+    ran: list[tuple[Config, int]] = []
+
+    def run(config: Config, opens: Any, read: Any) -> dict[str, Any]:
+        ran.append((config, len(read(config).shards)))
+        return {"complete": True}
+
+    monkeypatch.setattr(server_app, "run", run)
+    monkeypatch.setattr(flower_runtime, "wait_for_ray", pytest.fail)
+    play({"clients": 5, "flags": "--data.at site --data.format text --trunk.server 127.0.0.1:1"})
+    ((config, shards),) = ran
+    assert (config.clients, config.data.at, config.trunk.server, shards) == (5, "site", "127.0.0.1:1", 0)
+
+
 def test_a_run_that_ended_early_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_app, "run", lambda *_, **__: {"complete": False, "ended": "no clients left"})
     with pytest.raises(FederationFailed, match="the run ended early: no clients left"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from flwr.app import Context, Message, RecordDict
@@ -11,9 +12,10 @@ from flwr.app import Context, Message, RecordDict
 from fedsplit.engines import client_app
 from fedsplit.federation import records
 from fedsplit.federation.client_service import Around
+from fedsplit.federation.client_site import NODE_KEY, Site, write_site
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
 from fedsplit.settings.config import Config
-from fedsplit.settings.documents import as_document
+from fedsplit.settings.documents import as_document, build
 
 BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
 
@@ -49,6 +51,31 @@ def test_every_kind_of_request_reaches_the_service_as_the_client_of_the_node(
     assert service.asked == [kind(BRIEFING, client=3)]
     assert records.to_answer(reply, 3) == Reply(3, {"loss": 2.5})
     assert reply.metadata.reply_to_message_id == "one"
+
+
+def test_the_client_of_a_site_answers_by_the_sites_own_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    service = Service(Reply(2, {"loss": 2.5}))
+    monkeypatch.setattr(client_app, "service", service)
+    (tmp_path / "notes.txt").write_text("a note about nothing in particular, and so on. " * 200)
+    for number in range(3):
+        (tmp_path / "notes").mkdir(exist_ok=True)
+        (tmp_path / "notes" / f"{number}.txt").write_text((tmp_path / "notes.txt").read_text())
+    settings = {"dataset": str(tmp_path / "notes"), "trunk.server": "127.0.0.1:50052"}
+    file = write_site(Site(2, "ward a", tmp_path / "state", settings))
+    run = json.dumps(as_document(build({"data.at": "site", "train.max_length": 32})))
+    message = records.to_message(Introduce(replace(BRIEFING, run=run, store="0" * 32), client=-1), node=77)
+    message.metadata.__dict__["_message_id"] = "one"
+    context = Context(1, 77, {NODE_KEY: str(file)}, RecordDict(), {})
+    assert records.to_answer(client_app.app(message, context), 2) == Reply(2, {"loss": 2.5})
+    (asked,) = service.asked
+    assert asked.client == 2 and asked.briefing.store == str(tmp_path / "state" / ("0" * 32))
+    assert json.loads(asked.briefing.run)["dataset"] == settings["dataset"]
+
+    context.node_config[NODE_KEY] = str(tmp_path / "absent.toml")
+    refused = records.to_answer(client_app.app(message, context), 2)
+    assert isinstance(refused, Failure) and "absent.toml is not possible" in refused.reason
 
 
 def test_a_failure_goes_back_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

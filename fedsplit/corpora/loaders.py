@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os.path import exists  # False where `Path.exists` would raise an error, as for a name that is too long
 from pathlib import Path
 
 from fedsplit.corpora.data_table import Table, as_table
@@ -29,7 +30,7 @@ def is_loader(dataset: str) -> bool:
         >>> is_loader("path/to/mine.py:load"), is_loader("my_project.data:load"), is_loader("wikitext")
         (True, True, False)
     """
-    return bool(_NAME.fullmatch(dataset)) and not Path(dataset).exists()
+    return bool(_NAME.fullmatch(dataset)) and not exists(dataset)
 
 
 def path_of(dataset: str) -> Path:

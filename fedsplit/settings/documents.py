@@ -9,6 +9,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _tables(setting: Setting, value: object) -> str:
         return value
     if isinstance(value, str):
         file = Path(value)
-        if not file.is_file():
+        if not isfile(file):  # `Path.is_file` would raise an error for a name that is too long
             raise ValueError
         try:
             value = tomllib.loads(file.read_text(encoding="utf-8"))

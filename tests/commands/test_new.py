@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import warm_command
+from flwr.cli.config_utils import load_and_validate
 
 from fedsplit.commands.new import TEMPLATE, check, main, make
+from fedsplit.commands.server_app import config_of
 from fedsplit.errors import InputError, SettingError
+from fedsplit.settings.flags import settle
 
 
 def test_a_project_has_the_files_of_the_template_under_its_own_name(tmp_path: Path) -> None:
@@ -70,6 +74,16 @@ def test_a_disk_that_refuses_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(InputError, match="No space left on device"):
         make(tmp_path / "my-wards")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_project_is_a_flower_app(tmp_path: Path) -> None:
+    make(tmp_path / "two-wards")
+    config, warnings = load_and_validate(tmp_path / "two-wards" / "pyproject.toml")
+    assert all("license" in warning for warning in warnings)  # which is the user's to choose
+    assert config["tool"]["flwr"]["app"]["publisher"] == "two-wards"
+    settings = config_of(config["tool"]["flwr"]["app"]["config"], nodes=4)
+    by_file = settle({}, {}, tmp_path / "two-wards" / "run.toml")
+    assert replace(settings, engine=by_file.engine) == by_file
 
 
 @pytest.mark.slow

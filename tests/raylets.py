@@ -103,7 +103,7 @@ class Raylets:
         """Returns the actors of a class that are alive, with their nodes and process numbers."""
         return [actor for actor in self.state()["actors"] if actor["kind"] == kind and actor["pid"]]
 
-    def wait_until_free(self, cpus: float, seconds: float = 60.0) -> dict[str, Any]:
+    def wait_until_free(self, cpus: float, seconds: float = 240.0) -> dict[str, Any]:
         """Waits until nothing of a run is left on a cluster of some CPUs, or a time has passed; returns the state."""
         until = time.monotonic() + seconds
         while True:
@@ -113,7 +113,7 @@ class Raylets:
                 return state
             time.sleep(0.2)
 
-    def left_files_soon(self, seconds: float = 10.0) -> list[str]:
+    def left_files_soon(self, seconds: float = 60.0) -> list[str]:
         """Waits until runs have left no files, or a time has passed; returns the files that are left."""
         until = time.monotonic() + seconds
         while self.left_files() and time.monotonic() < until:

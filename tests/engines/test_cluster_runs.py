@@ -33,8 +33,11 @@ KINDS = {
 }
 """Settings of runs whose clients keep files: parts of the adapter that stay with a client, and folded changes."""
 
-SECONDS = 120.0
-"""Longest time of a run, and of any wait."""
+SECONDS = 400.0
+"""Longest time of a run, and of any wait: on a busy machine a node takes minutes to start its processes."""
+
+PATIENT = ("--ray.wait", "300")
+"""How long a run waits until the nodes have room."""
 
 WORKER, TRUNK = "ClientWorker", "TrunkActor"
 
@@ -124,7 +127,7 @@ def raylets(_raylets: Raylets) -> Iterator[Raylets]:
 def joining(cwd: Path, raylets: Raylets, *argv: str) -> Run:
     """Starts a command that joins the cluster."""
     cwd.mkdir(exist_ok=True)
-    return Run(cwd, raylets.environment(), "--ray.address", raylets.address, *argv)
+    return Run(cwd, raylets.environment(), "--ray.address", raylets.address, *PATIENT, *argv)
 
 
 def test_a_private_ray_is_used_and_the_address_of_another_is_named(alone: Any) -> None:

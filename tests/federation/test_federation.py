@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from fedsplit.results.measuring import held_out_loss
 from fedsplit.settings.choices import PARTS
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document, build, from_document
-from fedsplit.trunk import local
+from fedsplit.trunk import local, port
 from fedsplit.updates import Assignment
 from fedsplit.wire.packets import StepKey
 from strategies.fedavg import FedAvg
@@ -583,9 +584,12 @@ def test_what_is_not_finite_is_not_saved(config: Config, tmp_path: Path, monkeyp
     class BrokenTrunk(local.LocalTrunk):
         saved = 0
 
-        def moments(self) -> dict[str, torch.Tensor]:
+        def control(self, message: port.Control[Any]) -> Any:
+            reply = super().control(message)
+            if not isinstance(message, port.ReadMoments):
+                return reply
             self.saved += 1  # before the first round, and at the end of each
-            return {name: moment * (math.inf if self.saved == 3 else 1) for name, moment in super().moments().items()}
+            return {name: moment * (math.inf if self.saved == 3 else 1) for name, moment in reply.items()}
 
     monkeypatch.setattr(local, "LocalTrunk", BrokenTrunk)
     with pytest.raises(FederationFailed, match="round 2 left NaN or infinite values in"):

@@ -148,6 +148,11 @@ def plain_gradients(path: Path, server: TrunkServer, clients: dict[int, int]) ->
     return found | {name: parameter.grad for name, parameter in lora.parameters(part).items()}
 
 
+def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors differ by rounding alone, which goes by the largest of the values."""
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
+
+
 @pytest.mark.parametrize("lengths", [{0: 5, 1: 5, 2: 5}, {0: 3, 1: 7, 2: 5}])
 def test_batched_steps_are_those_of_each_client_and_their_mean(
     model_path: Path, lengths: dict[int, int], monkeypatch: pytest.MonkeyPatch
@@ -162,12 +167,12 @@ def test_batched_steps_are_those_of_each_client_and_their_mean(
     for client, answer in zip(lengths, together, strict=True):
         mine, theirs = (RAW.decode(a.tensors["hidden"]) for a in (answer, alone[client]))
         assert mine.shape == theirs.shape
-        assert torch.allclose(mine, theirs, atol=1e-5)
+        assert is_close(mine, theirs)
     answers = server.backward_together([packet(c, 0, "gradient", length=n) for c, n in lengths.items()])
     for client, answer in zip(lengths, answers, strict=True):
-        assert torch.allclose(RAW.decode(answer.tensors["gradient"]), expected[f"input {client}"], atol=1e-4), client
+        assert is_close(RAW.decode(answer.tensors["gradient"]), expected[f"input {client}"]), client
     for name, tensor in server.adapters.read().tensors.items():
-        assert torch.allclose(tensor, before[name] - 0.1 * expected[name] / 3, atol=1e-4), name
+        assert is_close(tensor, before[name] - 0.1 * expected[name] / 3), name
     assert server.end_round([]).steps == 1
     assert server.traffic.activation.up == sum(2 * length * 32 * 4 for length in lengths.values())
 

@@ -118,7 +118,16 @@ def test_tensors_that_share_memory_cross_apart() -> None:
     assert second.tolist() == [1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize("hint", [object, list[int], tuple[int, str], int | str, set[int], Any], ids=str)
+@pytest.mark.parametrize("value", [True, 3, 0.5, "a text"])
+def test_a_value_of_several_plain_types_keeps_its_type(value: Any) -> None:
+    form = form_of(bool | int | float | str)
+    back = from_bytes(form, as_bytes(form, value))
+    assert back == value and type(back) is type(value)
+    with pytest.raises(MalformedValue, match="not true or false or a whole number"):
+        from_bytes(form_of(bool | int), as_bytes(form, "a text"))
+
+
+@pytest.mark.parametrize("hint", [object, list[int], tuple[int, str], int | Tensor, set[int], Any], ids=str)
 def test_a_type_without_a_form_is_refused_at_once(hint: Any) -> None:
     with pytest.raises(TypeError, match="have no form as bytes"):
         form_of(hint)

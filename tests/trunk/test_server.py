@@ -150,7 +150,7 @@ def plain_gradients(path: Path, server: TrunkServer, clients: dict[int, int]) ->
 
 def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors differ by rounding alone, which goes by the largest of the values."""
-    return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
+    return bool((one - other).abs().max() <= 1e-4 * other.abs().max())
 
 
 @pytest.mark.parametrize("lengths", [{0: 5, 1: 5, 2: 5}, {0: 3, 1: 7, 2: 5}])

@@ -18,7 +18,7 @@ from fedsplit.engines.stalls import StallWatch
 from fedsplit.federation.federation import Federation
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
-from fedsplit.shutdown import kill_descendants
+from fedsplit.shutdown import bounded, kill_descendants
 from fedsplit.trunk import cluster
 
 _BUSY_WORKER = "ray::ClientAppActor.run"
@@ -75,7 +75,12 @@ def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[
         ClusterFailed: Ray does not start.
     """
     with cluster.running(plan.workers):
-        yield FlowerSession(config, plan, objects.has_stage)
+        session = FlowerSession(config, plan, objects.has_stage)
+        try:
+            yield session
+        finally:
+            if config.trunk.server:  # which serves the next run; an actor of Ray's has ended with Ray
+                bounded(session.trunk.kill)
 
 
 def simulate(server: ServerApp, clients: int) -> None:

@@ -11,6 +11,14 @@ from flwr.serverapp import ServerApp
 
 from fedsplit.environment import prepare
 
+__all__ = ["client_app", "server_app"]  # Flower looks here for the names in pyproject.toml
+
+client_app: ClientApp
+"""Plays the client of a SuperNode."""
+
+server_app: ServerApp
+"""Plays the server's side of a run, with the settings of the run configuration."""
+
 
 def _close() -> None:
     """Closes the Ray that Flower's simulation is about to start: loopback, a token, and a folder of this user alone.
@@ -27,22 +35,17 @@ def _close() -> None:
     keep_session_folder()
 
 
-def _client_app() -> ClientApp:
-    from fedsplit.engines.client_app import app
-
-    return app
-
-
-def _server_app() -> ServerApp:
-    from fedsplit.commands.server_app import app
-
-    return app
-
-
 _close()  # before the imports of the apps, which import Ray
 
-client_app = _client_app()
-"""Plays the client of a SuperNode."""
 
-server_app = _server_app()
-"""Plays the server's side of a run, with the settings of the run configuration."""
+def __getattr__(name: str) -> object:
+    """Returns an app, which is imported as it is asked for: a site imports neither the server's side nor Ray."""
+    if name == "client_app":
+        from fedsplit.engines import client_app
+
+        return client_app.app
+    if name == "server_app":
+        from fedsplit.commands import server_app
+
+        return server_app.app
+    raise AttributeError(f"module {__name__} has no attribute {name}")

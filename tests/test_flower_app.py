@@ -62,6 +62,13 @@ def test_flower_finds_both_apps(copy: Path) -> None:
     assert isinstance(flower_app.client_app, ClientApp) and isinstance(flower_app.server_app, ServerApp)
 
 
+def test_a_site_imports_neither_the_servers_side_nor_ray() -> None:
+    """Each message of a run starts a process at a site."""
+    code = "import sys; from fedsplit import flower_app; flower_app.client_app; import fedsplit.trunk.dialing"
+    call = [sys.executable, "-c", f"{code}; print({{'ray', 'fedsplit.commands.server_app'}} & sys.modules.keys())"]
+    assert subprocess.run(call, capture_output=True, text=True, check=True).stdout.split() == ["set()"]
+
+
 def test_the_bundle_carries_no_code(copy: Path, tmp_path: Path) -> None:
     """Each party runs the fedsplit that it has installed, with the weights that no bundle may hold."""
     (tmp_path / "bundle.zip").write_bytes(build_fab_from_disk(copy))

@@ -77,6 +77,28 @@ def open_here(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
+def write_secret(path: Path, content: bytes) -> None:
+    """Writes a new file that its owner alone may read, from the first byte on.
+
+    Args:
+        path: The file, which does not exist.
+        content: The content.
+
+    Raises:
+        FileExistsError: There is such a file.
+        OSError: The file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "run.token"
+        >>> write_secret(path, b"secret")
+        >>> oct(path.stat().st_mode)
+        '0o100600'
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Replaces a file in one step. The caller writes the draft; at the end of the context the draft becomes the file.

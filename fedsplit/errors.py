@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class InputError(Exception):
@@ -98,6 +98,12 @@ class ErrorCollector:
             self._unknown = unknown
         except InputError as error:
             self.extend(error.errors)
+
+    def collect(self, checks: Iterable[Callable[[], object]]) -> None:
+        """Calls checks in order. A check that finds an error does not keep the later checks from being called."""
+        for check in checks:
+            with self.collecting():
+                check()
 
     def extend(self, errors: Iterable[InputError]) -> None:
         """Adds errors. Of several that refuse the same value of a setting, only the first is kept."""

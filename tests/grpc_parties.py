@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedsplit.wire.casting import array_as
 from fedsplit.wire.chunks import Assembler, Chunk, cut, nbytes_of
 from fedsplit.wire.grpc_address import CLIENT, GrpcAddress, authorization
 from fedsplit.wire.grpc_schema import PACKETS
+from fedsplit.wire.grpc_server import GrpcServer
 from fedsplit.wire.packets import Packet, StepKey
 
 TOKEN = b"the token of the run"
@@ -42,6 +44,20 @@ def values_of(packet: Packet) -> bytes:
 def echo(packet: Packet, done: Answers) -> None:
     """Answers a packet by the packet."""
     done(packet)
+
+
+@contextlib.contextmanager
+def servers() -> Iterator[Callable[..., GrpcServer]]:
+    """Yields a function that starts a server, and closes all of them at the end."""
+    started: list[GrpcServer] = []
+
+    def start(serve: Any = echo, control: Any = lambda request, done: done(request[::-1]), **how: Any) -> GrpcServer:
+        started.append(GrpcServer(serve, control, **{"token": TOKEN, **how}))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
 
 
 def at(port: int, tls: Path | str = "") -> GrpcAddress:

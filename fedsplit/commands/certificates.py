@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedsplit.commands.exit_codes import exit_code
-from fedsplit.errors import ErrorCollector, InputError, SettingError, shortened
+from fedsplit.errors import InputError, SettingError, check_all, shortened
 from fedsplit.settings.command_line import Parser
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
@@ -92,14 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
-        call = make_parser().read(argv)
-        collector = ErrorCollector()
-        collector.extend(call.errors)
-        collector.check()
-        flags = call.flags
+        flags = make_parser().read(argv).checked()
         clients = [name.strip() for name in flags.clients.split(",")]
-        collector.extend(problems(flags.folder, clients, flags.hosts, flags.days))
-        collector.check()
+        check_all(problems(flags.folder, clients, flags.hosts, flags.days))
 
         from fedsplit.wire.certificate_set import write_set
 

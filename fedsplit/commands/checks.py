@@ -306,16 +306,19 @@ def _wrong_beside_mods(config: Config) -> Iterator[SettingError]:
 
 
 def check_places(config: Config) -> None:
-    """Checks the settings by which clients are pinned to the nodes of a cluster.
+    """Checks the settings by which clients are pinned to the nodes of a cluster, or are sites of their own.
 
     Raises:
-        InputError: There is no cluster, or a node would not find the data set. All errors are reported together.
+        InputError: There is no cluster, a node would not find the data set, or a setting does not fit sites. All errors
+            are reported together.
     """
-    check_all(_wrong_places(config))
+    check_all(_wrong_at_sites(config), _wrong_places(config))
 
 
 def _wrong_at_sites(config: Config) -> Iterator[SettingError]:
     """Yields an error for each setting that does not fit clients at sites of their own."""
+    if config.data.at != "site":
+        return
     if config.engine != "flower":
         yield SettingError("engine", config.engine, "flower with --data.at site, in a run of flwr run")
     if not config.trunk.server:
@@ -328,8 +331,6 @@ def _wrong_at_sites(config: Config) -> Iterator[SettingError]:
 
 def _wrong_places(config: Config) -> Iterator[SettingError]:
     """Yields an error for each setting that does not fit clients which are pinned to nodes."""
-    if config.data.at == "site":
-        yield from _wrong_at_sites(config)
     if config.data.at != "label":
         return
     if config.engine != "ray" or config.ray.address == "local":

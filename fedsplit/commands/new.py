@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.durable import NotWritten, write_folder
-from fedsplit.errors import InputError, SettingError, check_all
+from fedsplit.errors import InputError, SettingError
 from fedsplit.settings.command_line import Parser
 
 TEMPLATE = Path(__file__).parent.parent / "project_template"
@@ -116,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
-        call = make_parser().read(argv)
-        check_all(call.errors)
-        folder: Path = call.flags.project
+        folder: Path = make_parser().read(argv).checked().project
         for file in make(folder):
             print(folder / file)
         print(f"\nnext: cd {folder}; pip install --editable . ; fedsplit simulate --config run.toml")

@@ -6,7 +6,7 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -130,13 +130,6 @@ def _folder_of(config: Config) -> Path:
     return Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
 
 
-def _collect(collector: ErrorCollector, checks: Iterable[Callable[[], object]]) -> None:
-    """Calls all checks in order. A check that finds an error does not keep the later checks from being called."""
-    for find_errors in checks:
-        with collector.collecting():
-            find_errors()
-
-
 def _check_settings(config: Config, objects: Objects, watchdog: Watchdog) -> tuple[Facts, AnyStrategy, Measures]:
     """Checks the settings by themselves, and against the model's configuration and the machine.
 
@@ -162,7 +155,7 @@ def _check_settings(config: Config, objects: Objects, watchdog: Watchdog) -> tup
     facts = None
     with collector.collecting():
         facts = read_facts(config_folder(config.model))
-    _collect(collector, _checks_of_settings(config, facts, watchdog))
+    collector.collect(_checks_of_settings(config, facts, watchdog))
 
     folds = False  # also for a strategy that cannot be made, which is an error of its own
     with collector.collecting():
@@ -431,5 +424,5 @@ def _check_with_data(
         partial(check_initial, config, facts.family, classes),
     ]
     collector = ErrorCollector()
-    _collect(collector, about_data)
+    collector.collect(about_data)
     collector.check()

@@ -103,7 +103,7 @@ def load_config(path: Path) -> Config:
         raise SettingError("run", error.value, error.allowed) from error
     facts = read_facts(config_folder(config.model))
     collector = ErrorCollector()
-    rules: list[Callable[[], object]] = [
+    checks_of_trunk: list[Callable[[], object]] = [
         lambda: check_served(config),
         lambda: checks.check_prompt(config),
         lambda: checks.check_training(config),
@@ -115,9 +115,7 @@ def load_config(path: Path) -> Config:
         lambda: check_optimizer(config.train),
         lambda: check_quantization(config),
     ]
-    for check in rules:
-        with collector.collecting():
-            check()
+    collector.collect(checks_of_trunk)
     collector.check()
     return config
 

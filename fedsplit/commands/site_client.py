@@ -93,10 +93,7 @@ def problems(site: Site, flags: Mapping[str, Any]) -> Iterator[InputError]:
 
     config = build({**site.settings, "data.at": "site"})
     collector = ErrorCollector()
-    with collector.collecting():
-        check_dataset(config.dataset, config.data)
-    with collector.collecting():
-        check_server(config)
+    collector.collect([lambda: check_dataset(config.dataset, config.data), lambda: check_server(config)])
     yield from collector.errors
     for name in ("root_certificates", "key"):
         file: Path | None = flags[name]

@@ -60,7 +60,7 @@ class AdapterLedger:
             log: Folder of the server's log of changes of base weights.
         """
         self._root = root
-        self._are_pinned = config.data.at in ("label", "site")  # then their disks are on the clients' nodes
+        self._are_pinned = config.data.stays_with_clients
         self._logs = [FoldLog(log), FoldLog(root / FOLDS)]  # the server's own, and the one that clients read
         self._clients = parts["bottom"] | parts["top"]
         self._trunk = parts["trunk"]

@@ -28,7 +28,17 @@ from fedsplit.durable import NotWritten
 from fedsplit.federation import messages
 from fedsplit.federation.adapter_codec import AdapterCodec
 from fedsplit.federation.introductions import Introduction, introduce
-from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
+from fedsplit.federation.messages import (
+    Answer,
+    Briefing,
+    Evaluate,
+    Failure,
+    Introduce,
+    Reply,
+    Request,
+    Train,
+    TrainFrom,
+)
 from fedsplit.federation.travel import TravelRule, draw
 from fedsplit.lowrank import LowRank
 from fedsplit.metrics.metric import Metric
@@ -54,9 +64,6 @@ from fedsplit.wire.codecs import copy_of_state
 
 Connect = Callable[[str, Config], TrunkLike]
 """Returns the trunk with a name, for a run with some settings."""
-
-TrainFrom = Callable[[Mapping[str, Tensor]], Reply]
-"""Trains a client from adapters, by exported name, and returns the reply before a codec."""
 
 Around = Callable[[Train, Mapping[str, Tensor], TrainFrom], Reply]
 """Code around the training of a client, such as Flower's mods (`fedsplit.federation.mods`).

@@ -134,7 +134,7 @@ class Federation:
             state.virtual = VirtualTotals()
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
         self._job.emit(Notice(text=coverage(self._config, trained)))
-        if self._config.data.at in ("label", "site") and state.ledger.has_personal:
+        if self._config.data.stays_with_clients and state.ledger.has_personal:
             at_sites = self._config.data.at == "site"
             where = "at their sites" if at_sites else f"on their nodes, in {self._config.data.folder}"
             words = f"the adapters that clients keep for themselves stay {where}"

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedsplit.federation import records
 from fedsplit.federation.clients import ClientNode, FederationFailed, Roster
 from fedsplit.federation.messages import ADAPTERS, Reply
-from fedsplit.federation.replies import KEPT_METRICS, NORM_BIT
+from fedsplit.federation.replies import FOR_STRATEGIES
 from fedsplit.federation.strategy import State, aggregated_parts, named
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.config import Config
@@ -166,8 +166,7 @@ class FlowerAggregation:
 
     def _message(self, update: ClientUpdate, reply: Reply) -> Message:
         """Returns an update in the form of a reply to Flower."""
-        kept = (*KEPT_METRICS, NORM_BIT)
-        metrics = {name: reply.metrics[name] for name in kept if name in reply.metrics}
+        metrics = {name: reply.metrics[name] for name in FOR_STRATEGIES if name in reply.metrics}
         # Flower's strategies weight by the number of examples. The weights of `--weights` take its place.
         metrics[records.WEIGHT] = update.examples if update.weight is None else int(update.weight)
         content = RecordDict(

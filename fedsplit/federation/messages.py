@@ -8,7 +8,7 @@ of a reply before use.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,6 +195,9 @@ class Failure:
     kind: str
     reason: str
 
+
+TrainFrom = Callable[[Mapping[str, Tensor]], Reply]
+"""Trains a client from adapters, by exported name, and returns the reply before a codec."""
 
 Answer = Reply | Failure
 

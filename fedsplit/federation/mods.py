@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsplit.errors import SettingError
 from fedsplit.federation import records
-from fedsplit.federation.messages import ADAPTERS, Failure, Reply, Train
+from fedsplit.federation.messages import ADAPTERS, Failure, Reply, Train, TrainFrom
 from fedsplit.loading import OWN, Kind, described, make, name_of, options_by_name
 from fedsplit.settings.config import Config
 
@@ -35,10 +35,6 @@ MOD = Kind(
     functions=True,
 )
 """Mods, for `--mods`."""
-
-
-TrainFrom = Callable[[Mapping[str, Tensor]], Reply]
-"""Trains from adapters, by exported name, and returns the reply before a codec."""
 
 
 class ModFailed(Exception):

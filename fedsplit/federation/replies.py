@@ -75,6 +75,9 @@ KEPT_METRICS = (
 NORM_BIT = "norm_bit"
 """Metric of Flower's adaptive clipping: 1 if the client's update was clipped, else 0."""
 
+FOR_STRATEGIES = (*KEPT_METRICS, NORM_BIT)
+"""Metrics that Flower's strategies get to see."""
+
 
 def reported_failure(client: int, kind: str, reason: str) -> Failure:
     """Returns a failure that a client reports, with the reason cut to a line.
@@ -224,8 +227,7 @@ def without_tensors(reply: Reply) -> Reply:
     The update holds the tensors until the end of the round, so that a second copy would waste memory. Flower's
     strategies refuse to average replies with different metrics, so that a metric of a single client is dropped.
     """
-    kept = (*KEPT_METRICS, NORM_BIT)
-    metrics = {name: reply.metrics[name] for name in kept if name in reply.metrics}
+    metrics = {name: reply.metrics[name] for name in FOR_STRATEGIES if name in reply.metrics}
     return dataclasses.replace(reply, metrics=metrics, tensors={})
 
 

@@ -261,6 +261,11 @@ class DataSettings:
         "with --data.at label: folder on each node in which the data and the state of its clients lie",
     )
 
+    @property
+    def stays_with_clients(self) -> bool:
+        """True if data and state of the clients lie out of the server's reach: on their nodes, or at their sites."""
+        return self.at in ("label", "site")
+
 
 @dataclass(frozen=True)
 class EvalSettings:

@@ -6,7 +6,6 @@ the type that the message declares. An error crosses as the name of its class an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -14,9 +13,9 @@ from fedsplit.errors import InputError, SettingError
 from fedsplit.optimization.own_stage import StageFailed
 from fedsplit.trunk import port
 from fedsplit.trunk.run_terms import BeginRun, Begun, FinishRun
-from fedsplit.wire.frames import TrunkFailed
+from fedsplit.wire.frames import TrunkFailed, error_named
 from fedsplit.wire.steps import RefusedStep
-from fedsplit.wire.transport import TrunkLost, Unanswered
+from fedsplit.wire.transport import TrunkLost
 from fedsplit.wire.typed_values import Form, MalformedValue, as_bytes, form_of, from_bytes
 
 _LONGEST_WORDS = 2**12
@@ -73,15 +72,12 @@ EXCHANGES: dict[type[Any], Exchange] = {
 }
 """Forms of all messages, by class."""
 
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (TrunkLost, StageFailed, InputError, MalformedValue, RefusedStep)
+}
+"""Errors of a trunk by name, beside those of `fedsplit.wire.frames.error_named`."""
+
 _BY_NAME = {kind.__name__: kind for kind in EXCHANGES}
-
-
-def _with_subclasses(kinds: Iterable[type[Exception]]) -> dict[str, type[Exception]]:
-    """Returns classes and all of their subclasses, by name."""
-    found = [*kinds]
-    for kind in found:  # the list grows during the loop, by subclasses of subclasses
-        found += kind.__subclasses__()
-    return {kind.__name__: kind for kind in found}
 
 
 def _error(name: str, words: str) -> Exception:
@@ -91,11 +87,10 @@ def _error(name: str, words: str) -> Exception:
         >>> _error("TrunkLost", "the trunk serves another run"), _error("SystemExit", "")
         (TrunkLost('the trunk serves another run'), TrunkFailed('SystemExit'))
     """
-    known = _with_subclasses([RefusedStep])
-    known |= {kind.__name__: kind for kind in (TrunkLost, Unanswered, StageFailed, InputError, MalformedValue)}
-    if name in known:
-        return known[name](words)
-    return TrunkFailed(": ".join(filter(None, (name, words))))
+    kind = _ERRORS.get(name) or error_named(name)
+    if kind is TrunkFailed:  # of whatever class it was
+        words = ": ".join(filter(None, (name, words)))
+    return kind(words)
 
 
 @dataclass(frozen=True)

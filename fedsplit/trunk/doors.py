@@ -9,10 +9,12 @@ from dataclasses import replace
 from fedsplit.errors import SettingError
 from fedsplit.settings.config import Config
 from fedsplit.settings.validators import SPEED
-from fedsplit.trunk.port import TrunkPort
+from fedsplit.trunk.port import Control, Reply, TrunkPort
 from fedsplit.trunk.replicated import ReplicatedTrunk
 from fedsplit.trunk.spans import spans_of
 from fedsplit.trunk.staged import StagedTrunk
+from fedsplit.wire.packets import Packet
+from fedsplit.wire.transport import PendingAnswer
 
 
 def count(config: Config) -> int:
@@ -57,6 +59,34 @@ def weigh(config: Config, trunk: TrunkPort) -> Config:
         return config
     weights = ",".join(f"{speed:.3g}" for speed in trunk.speeds())
     return replace(config, trunk=replace(config.trunk, weights=weights))
+
+
+class JoinedTrunks(TrunkPort):
+    """All trunks of a run, called like one trunk."""
+
+    def __init__(self, config: Config, replicas: Sequence[Sequence[TrunkPort]]) -> None:
+        """Joins trunks.
+
+        Args:
+            config: Configuration of the run.
+            replicas: The stages of each replica, from the bottom to the top.
+        """
+        self._port = join(config, replicas)
+        self._trunks = replicas
+
+    def send(self, packet: Packet) -> PendingAnswer:
+        """Sends a packet, and returns a function that waits for the answer."""
+        return self._port.send(packet)
+
+    def control(self, message: Control[Reply]) -> Reply:
+        """Sends a control message, and waits for the reply."""
+        return self._port.control(message)
+
+    def weigh(self, config: Config) -> Config:
+        """Divides the clients by speed, if the settings ask for it, and returns the settings with the weights."""
+        config = weigh(config, self._port)
+        self._port = join(config, self._trunks)  # clients find their replicas by the weights
+        return config
 
 
 def check_memory(config: Config, trunk: TrunkPort) -> None:

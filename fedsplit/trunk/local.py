@@ -10,7 +10,7 @@ from typing import Any
 from fedsplit.clock import ManualClock
 from fedsplit.settings.config import Config
 from fedsplit.stages import StageMaker
-from fedsplit.trunk.doors import join, weigh
+from fedsplit.trunk.doors import JoinedTrunks
 from fedsplit.trunk.port import Control, Reply, TrunkPort
 from fedsplit.trunk.route import travel, way_of
 from fedsplit.trunk.schedules import SCHEDULES
@@ -210,7 +210,7 @@ def _join_of(first: LocalTrunk, replica: int) -> Join | None:
     return lambda make: (LocalPeers(master, replica), None)
 
 
-class LocalTrunks(TrunkPort):
+class LocalTrunks(JoinedTrunks):
     """All trunks of a run in this process, called like one trunk."""
 
     def __init__(self, config: Config, replicas: Sequence[Sequence[LocalTrunk]]) -> None:
@@ -220,22 +220,8 @@ class LocalTrunks(TrunkPort):
             config: Configuration of the run.
             replicas: The stages of each replica, from the bottom to the top.
         """
-        self._port = join(config, replicas)
+        super().__init__(config, replicas)
         self._replicas = replicas
-
-    def send(self, packet: Packet) -> PendingAnswer:
-        """Sends a packet, and returns a function that waits for the answer."""
-        return self._port.send(packet)
-
-    def control(self, message: Control[Reply]) -> Reply:
-        """Carries out a control message."""
-        return self._port.control(message)
-
-    def weigh(self, config: Config) -> Config:
-        """Divides the clients by speed, if the settings ask for it, and returns the settings with the weights."""
-        config = weigh(config, self._port)
-        self._port = join(config, self._replicas)  # clients find their replicas by the weights
-        return config
 
     def nodes(self) -> list[str]:
         """Returns no nodes, since there is no Ray."""

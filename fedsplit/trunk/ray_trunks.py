@@ -8,14 +8,13 @@ from typing import Any
 from fedsplit.settings.config import Config
 from fedsplit.trunk import actor
 from fedsplit.trunk.actor import ActorSetup, RayTrunk, Seat, start_trunk
-from fedsplit.trunk.doors import join, weigh
-from fedsplit.trunk.port import Control, Reply, TrunkPort
+from fedsplit.trunk.doors import JoinedTrunks, join
+from fedsplit.trunk.port import TrunkPort
 from fedsplit.trunk.spans import spans_of
-from fedsplit.wire.packets import Packet, new_incarnation
-from fedsplit.wire.transport import PendingAnswer
+from fedsplit.wire.packets import new_incarnation
 
 
-class RayTrunks(TrunkPort):
+class RayTrunks(JoinedTrunks):
     """The actors of a run's trunk, called like one trunk."""
 
     def __init__(self, config: Config, actors: Sequence[Sequence[RayTrunk]]) -> None:
@@ -25,23 +24,8 @@ class RayTrunks(TrunkPort):
             config: Configuration of the run.
             actors: The actors of each replica, from the bottom to the top.
         """
-        self._port = join(config, actors)
-        self._replicas = actors
+        super().__init__(config, actors)
         self._actors = [stage for stages in actors for stage in stages]
-
-    def send(self, packet: Packet) -> PendingAnswer:
-        """Sends a packet, and returns a function that waits for the answer."""
-        return self._port.send(packet)
-
-    def control(self, message: Control[Reply]) -> Reply:
-        """Sends a control message, and waits for the reply."""
-        return self._port.control(message)
-
-    def weigh(self, config: Config) -> Config:
-        """Divides the clients by speed, if the settings ask for it, and returns the settings with the weights."""
-        config = weigh(config, self._port)
-        self._port = join(config, self._replicas)  # clients find their replicas by the weights
-        return config
 
     def nodes(self) -> list[str]:
         """Returns Ray's ids of the actors' nodes, in the order of the actors.

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedsplit.durable import write_secret
 from fedsplit.wire.identities import CLIENTS_FILE
 from fedsplit.wire.set_layout import CLIENTS, FEDERATION, NODE_KEY, NODE_PUBLIC_KEY, SUPERLINK, TRUNK
 from fedsplit.wire.tls import CA, CERTIFICATE, KEY
@@ -80,7 +81,7 @@ class _Authority:
         (folder / CA).write_bytes(self.certificate.public_bytes(_PEM))
         (folder / CERTIFICATE).write_bytes(certificate.public_bytes(_PEM))
         secret = key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        _write_private(folder / KEY, secret)
+        write_secret(folder / KEY, secret)
 
 
 def write_set(folder: Path, clients: Sequence[str], hosts: Sequence[str] = (), days: int = 30) -> None:
@@ -131,7 +132,7 @@ def _write_node_keys(folder: Path) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     secret = key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write_private(folder / NODE_KEY, secret)
+    write_secret(folder / NODE_KEY, secret)
     (folder / NODE_PUBLIC_KEY).write_bytes(public + b"\n")
 
 
@@ -165,9 +166,3 @@ def _key_usage(signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Writes a new file that its owner alone may read, from the first byte on."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)

@@ -8,6 +8,7 @@ import secrets
 import stat
 from pathlib import Path
 
+from fedsplit.durable import write_secret
 from fedsplit.errors import InputError
 
 _BYTES = 32
@@ -57,12 +58,9 @@ def own_token(path: Path) -> bytes:
         True
     """
     try:
-        # Its owner's alone from the first byte on.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        write_secret(path, secrets.token_hex(_BYTES).encode() + b"\n")
     except FileExistsError:
         return read_token(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(_BYTES) + "\n")
     return read_token(path)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from certificates import Authority
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_parties import LONG, TOKEN, Answers, at, echo, folders, packet, until, values_of
+from grpc_parties import LONG, TOKEN, Answers, at, echo, folders, packet, servers, until, values_of
 from split_models import RAW, parts_of, server_of
 
 from fedsplit.errors import InputError
@@ -39,16 +39,8 @@ LARGE = 2**20
 
 @pytest.fixture
 def serving() -> Iterator[Callable[..., GrpcServer]]:
-    """Starts servers, and closes them after the test."""
-    servers: list[GrpcServer] = []
-
-    def start(serve: Any = echo, control: Any = lambda request, done: done(request[::-1]), **how: Any) -> GrpcServer:
-        servers.append(GrpcServer(serve, control, **{"token": TOKEN, **how}))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    with servers() as start:
+        yield start
 
 
 class Wire:

@@ -25,6 +25,7 @@ from grpc_parties import (
     echo,
     folders,
     packet,
+    servers,
     until,
     values_of,
 )
@@ -58,16 +59,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serving() -> Iterator[Callable[..., GrpcServer]]:
-    """Starts servers, and closes them after the test."""
-    servers: list[GrpcServer] = []
-
-    def start(serve: Any = echo, control: Any = lambda request, done: done(request[::-1]), **how: Any) -> GrpcServer:
-        servers.append(GrpcServer(serve, control, **{"token": TOKEN, **how}))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    with servers() as start:
+        yield start
 
 
 @pytest.fixture

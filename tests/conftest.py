@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,16 @@ def with_added_token(model: Path, folder: Path, content: str) -> Path:
     document["added_tokens"] = [{"id": VOCABULARY, "content": content, **flags}]
     (folder / "tokenizer.json").write_text(json.dumps(document))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_restored() -> Iterator[None]:
+    """Undoes what a run in this process sets for a Ray of its own: the next test's Ray would ask for a token, too."""
+    environment, before = os.environ, dict(os.environ)
+    yield
+    if environment != before:
+        environment.clear()
+        environment.update(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,8 +24,6 @@ from flwr.cli.config_utils import load_and_validate
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedsplit import flower_app
-
 ROOT = Path(__file__).parents[1]
 COPIED = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "fedsplit", "strategies")
 
@@ -59,6 +57,8 @@ def test_flower_finds_both_apps(copy: Path) -> None:
     components = config["tool"]["flwr"]["app"]["components"]
     assert components == {name: f"fedsplit.flower_app:{name.removesuffix('app')}_app" for name in components}
     assert warnings == []
+    from fedsplit import flower_app  # sets the environment of this process, which is undone after the test
+
     assert isinstance(flower_app.client_app, ClientApp) and isinstance(flower_app.server_app, ServerApp)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,13 @@ from fedsplit.settings.command_line import Parser
 
 if TYPE_CHECKING:
     from fedsplit.federation.client_site import Site
+    from fedsplit.state.site_lock import SiteLock
 
 _END_SECONDS = 20.0
 """Time that the SuperNode has to end after a signal."""
+
+_MARGIN_SECONDS = 5.0
+"""Time that a SuperLink may need to notice a lost SuperNode, beyond the deadline of heartbeats."""
 
 _SETTINGS = {
     "dataset": "data set of the site, as for --dataset of a run",
@@ -140,22 +146,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = vars(make_parser().read(argv).checked())
         prepare()
         from fedsplit.federation.client_site import write_site
+        from fedsplit.state.site_lock import locked
 
         site = site_of(flags)
         check_all(problems(site, flags))
         site = replace(site, folder=site.folder.absolute())
-        site.remove_data()  # that a killed command has left
-        file = write_site(site)
-        try:
-            with subprocess.Popen(supernode(flags, file)) as process:
-                try:
-                    return process.wait()
-                finally:
-                    _end(process)
-        finally:
-            site.remove_data()
+        with locked(site.folder) as lock:
+            if lock.was_killed:
+                _wait_until_forgotten()
+            site.remove_data()  # that a killed command has left
+            file = write_site(site)
+            try:
+                return _play(supernode(flags, file), lock)
+            finally:
+                site.remove_data()
 
     return exit_code(work, argv)
+
+
+def _wait_until_forgotten() -> None:
+    """Waits until a SuperLink has noticed that the SuperNode of a killed command is gone.
+
+    Until then, the SuperLink refuses another SuperNode with the same key, and the killed one's message has no reply.
+    """
+    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
+
+    seconds = HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL + _MARGIN_SECONDS
+    print(f"the client before was killed; starting in {seconds:g} seconds, when the SuperLink has noticed", flush=True)
+    time.sleep(seconds)
+
+
+def _play(call: Sequence[str], lock: SiteLock) -> int:
+    """Runs the SuperNode to its end, and returns its exit code.
+
+    Args:
+        call: Command line of the SuperNode.
+        lock: Lock of the site's folder. The SuperNode holds the lock, too: if this command alone is killed, the folder
+            is still taken.
+    """
+    with subprocess.Popen(call, pass_fds=(lock.descriptor,)) as process:
+        try:
+            return process.wait()
+        finally:
+            _end(process)
+            if process.returncode != -signal.SIGKILL:  # a killed SuperNode has not taken leave of the SuperLink
+                lock.end_well()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -165,3 +200,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()

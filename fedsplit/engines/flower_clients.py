@@ -6,13 +6,14 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedsplit.engines.away_nodes import AwayNodes
 from fedsplit.federation import records
 from fedsplit.federation.attempts import TRIES
 from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, RollCall
@@ -80,6 +81,7 @@ class FlowerClients:
         patience: float = 600.0,
         wait: Callable[[float], object] | None = None,
         shipped: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        away_seconds: float = 0.0,
     ) -> None:
         """Starts without a client.
 
@@ -92,7 +94,9 @@ class FlowerClients:
             wait: Waits for a reply or until the seconds have passed. None if the grid cannot wait: the grid is then
                 asked every `POLL_SECONDS`.
             shipped: Returns the bytes of clients' files sent to nodes, and the bytes received from nodes.
+            away_seconds: Seconds for which requests wait for a node that is away. 0 if nodes never leave.
         """
+        self._away = AwayNodes(away_seconds, lambda: grid.get_node_ids())
         self._shipped = shipped
         self._told = (0, 0)
         self._wait = wait
@@ -103,7 +107,7 @@ class FlowerClients:
         self._stalls = stalls
         self._most = max(LEAST_UNDER_WAY, UNDER_WAY_EACH * workers)
         self._numbers: dict[int, int] = {}  # client by node
-        self._waiting = set[str]()  # ids of messages without a reply
+        self._waiting: dict[str, int] = {}  # node by id of a message without a reply
 
     def know(self, nodes: Iterable[ClientNode]) -> None:
         """Sets the clients by number."""
@@ -149,8 +153,7 @@ class FlowerClients:
         left: Iterable[Request] = requests
         while True:
             turned_away = []
-            for message in self._replies(map(message_of, left), until):
-                node = message.metadata.src_node_id
+            for node, message in self._replies(map(message_of, left), until):
                 if node not in self._numbers:
                     raise FederationFailed(f"a reply came from node {node}, at which no client is")
                 answer = records.to_answer(message, self._numbers[node])
@@ -168,6 +171,7 @@ class FlowerClients:
                 break
             time.sleep(RESTART_SECONDS)  # a request that is sent at once would be turned away again
             left = turned_away
+        self._away.forget()
         if self._waiting:  # the deadline has passed
             self._stalls.kill()
             self.abandon()
@@ -183,23 +187,41 @@ class FlowerClients:
         down, up = (now - then for now, then in zip(self._told, before, strict=True))
         return {"client_files_down": down, "client_files_up": up}
 
-    def _replies(self, messages: Iterable[Message], until: float | None = None) -> Iterator[Message]:
-        """Sends messages, some at a time, and yields the replies as they arrive, until a deadline."""
+    def _replies(self, messages: Iterable[Message], until: float | None = None) -> Iterator[tuple[int, Message]]:
+        """Sends messages, some at a time, and yields the replies as they arrive, until a deadline.
+
+        Yields:
+            The node, and its reply. An error of Flower's comes from the SuperLink, and counts as the reply of the node
+            that was asked.
+        """
         left = iter(messages)
         self._stalls.heard()
         while until is None or time.monotonic() < until:
             self._look()
-            more = list(itertools.islice(left, self._most - len(self._waiting)))
+            room = self._most - len(self._waiting) - self._away.count
+            more = self._away.take(list(itertools.islice(left, room)))
             if more:
-                self._waiting.update(self.grid.push_messages(more))
-            if not self._waiting:
+                self._push(more)
+            if not self._waiting and not self._away.count:
                 return
-            for reply in self.grid.pull_messages(self._waiting):
+            for reply in self.grid.pull_messages(self._waiting) if self._waiting else ():
                 self._stalls.heard()
-                self._waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply
-            if self._waiting:
+                asked = self._waiting.pop(reply.metadata.reply_to_message_id)
+                yield asked if reply.has_error() else reply.metadata.src_node_id, reply
+            if self._waiting or self._away.count:
                 self._pause(until)
+
+    def _push(self, messages: Sequence[Message]) -> None:
+        """Sends messages.
+
+        Raises:
+            FederationFailed: Flower does not take all of them.
+        """
+        ids = list(self.grid.push_messages(messages))
+        if len(ids) != len(messages) or None in ids:
+            raise FederationFailed("Flower's SuperLink does not take a message; it may be too large for the SuperLink")
+        nodes = [message.metadata.dst_node_id for message in messages]
+        self._waiting.update(zip(ids, nodes, strict=True))
 
     def _pause(self, until: float | None) -> None:
         """Waits for a reply, but not for long: the run may be stopped, and clients may hang."""

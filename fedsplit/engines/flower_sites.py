@@ -57,7 +57,7 @@ class SitesSession:
         """Runs a federation to its end."""
         timeout = self.config.timeout
         stalls = StallWatch(timeout, lambda: self.trunk.status().traffic, _leave_alone)
-        clients = FlowerClients(self._grid, federation.stop, self.config.clients, stalls, timeout)
+        clients = FlowerClients(self._grid, federation.stop, self.config.clients, stalls, timeout, away_seconds=timeout)
         run_in_thread(federation, lambda: federation.run(clients), _leave_alone)
 
 

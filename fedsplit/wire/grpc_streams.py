@@ -29,8 +29,10 @@ _threads = ThreadPoolExecutor(4, "grpc-chunks")
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", chunks.LARGEST_MESSAGE),
     ("grpc.max_send_message_length", chunks.LARGEST_MESSAGE),
-    ("grpc.keepalive_time_ms", 20_000),  # a peer whose machine is gone is noticed within half a minute
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A peer whose machine is gone is noticed within a minute. On a slow link, an answer waits behind the data.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 30_000),  # of any ping: while one has no answer, gRPC sends none for keepalive
     ("grpc.http2.max_pings_without_data", 0),  # a client may train for minutes between two packets
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),

@@ -13,6 +13,7 @@ import pytest
 
 from fedsplit.commands import site_client
 from fedsplit.federation.client_site import NODE_KEY, read_site
+from fedsplit.state.site_lock import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     calls: list[list[str]] = []
 
     class Ended:
-        def __init__(self, call: list[str]) -> None:
+        returncode = 7
+
+        def __init__(self, call: list[str], pass_fds: tuple[int, ...]) -> None:
             calls.append(call)
 
         def __enter__(self) -> Ended:
@@ -74,6 +77,39 @@ def test_data_of_earlier_runs_are_removed(words: list[str], started: list[list[s
     (left / "0001").mkdir()
     site_client.main(words)
     assert not (left / "data").exists() and (left / "0001").exists()
+
+
+def test_after_a_kill_the_client_waits_until_the_superlink_has_noticed(
+    words: list[str],
+    started: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Flower refuses a second SuperNode with the same key for a minute; it is not asked before."""
+    waits: list[float] = []
+    monkeypatch.setattr("fedsplit.commands.site_client.time.sleep", waits.append)
+    monkeypatch.setattr(subprocess.Popen, "returncode", -9)
+    assert site_client.main(words) == 7
+    assert waits == []
+    monkeypatch.setattr(subprocess.Popen, "returncode", 7)
+    assert site_client.main(words) == 7
+    assert waits == [65.0]
+    assert "the client before was killed; starting in 65 seconds" in capsys.readouterr().out
+    assert site_client.main(words) == 7
+    assert waits == [65.0]
+
+
+def test_a_folder_at_which_another_client_works_is_refused(
+    words: list[str], started: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "state" / ("0" * 32) / "data"
+    data.mkdir(parents=True)
+    (data / "0001.safetensors").write_bytes(b"text")
+    with locked(tmp_path / "state"):
+        assert site_client.main(words) == 2
+    assert "a folder in which no other client is at work" in capsys.readouterr().err
+    assert started == [] and (data / "0001.safetensors").exists()
 
 
 def test_flags_take_precedence_over_the_file(words: list[str], started: list[list[str]], tmp_path: Path) -> None:

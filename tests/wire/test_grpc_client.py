@@ -48,6 +48,7 @@ class Wire:
 
     def __init__(self, target: int) -> None:
         self.most: int | None = None
+        self.swallowed = 0
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -62,11 +63,13 @@ class Wire:
             self.connections += 1
             self._sockets += [near, far]
             for one, other in ((near, far), (far, near)):
-                threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(one, other, self.connections), daemon=True).start()
 
-    def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
+    def _pass_on(self, one: socket.socket, other: socket.socket, number: int) -> None:
         try:
             while came := one.recv(2**16):
+                if number <= self.swallowed:
+                    continue
                 if self.most is not None:
                     self.most -= len(came)
                     if self.most < 0:
@@ -79,6 +82,10 @@ class Wire:
         finally:
             for end in (one, other):
                 end.close()
+
+    def swallow(self) -> None:
+        """Loses all bytes of the connections so far, and leaves the connections open, as a broken cable does."""
+        self.swallowed = self.connections
 
     def cut(self, after: int | None = None) -> None:
         """Breaks all connections: now, or after a number of bytes."""
@@ -143,6 +150,23 @@ def test_a_connection_that_breaks_in_mid_packet_loses_nothing(after: int, servin
     for step, answer in enumerate(answers, start=1):
         assert values_of(answer()) == values_of(packet(step, size=LARGE))
     assert len(trunk.served) == 4 and wire.most is None
+    client.close()
+
+
+def test_a_connection_on_which_nothing_comes_any_more_is_noticed_by_keepalive(
+    serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = dict.fromkeys(("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"), 500)
+    options = dict(grpc_client._CHANNEL_OPTIONS)
+    assert quick.keys() <= options.keys()
+    monkeypatch.setattr(grpc_client, "_CHANNEL_OPTIONS", [*{**options, **quick}.items()])
+    wire = Wire(serving(Once()).port)
+    client = GrpcClient(at(wire.port), 0)
+    assert client.send(packet(0))().key.step == 0
+    wire.swallow()
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(client.send(packet(1))).result(LONG).key.step == 1
+    assert wire.connections == 2
     client.close()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +159,20 @@ def test_all_that_is_missing_is_told_together(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-def test_two_hospitals_leave_the_adapter_of_their_simulation(tmp_path: Path) -> None:
-    """SuperLink with TLS, two SuperNodes with keys, the trunk behind gRPC with certificates: five parties."""
+def test_two_hospitals_leave_the_adapter_of_their_simulation() -> None:
+    """SuperLink with TLS, two SuperNodes with keys, the trunk behind gRPC with certificates; one site is killed."""
     script = ROOT / "examples" / "two-hospitals" / "two_hospitals.py"
     env: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT)}
-    call = [sys.executable, str(script), "--folder", str(tmp_path), "--rounds", "1"]
-    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=1500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "both adapters are equal to the bit"
-    for party in ("trunk", "superlink", "operator"):
-        files = [path for path in (tmp_path / party).rglob("*") if path.is_file()]
-        assert [path.name for path in files if path.suffix == ".jsonl"] == ["metrics.jsonl"] * (party == "operator")
-        assert not any(b"came with" in path.read_bytes() for path in files)  # no note has left its hospital
+    with_users = os.geteuid() == 0 and runpy.run_path(str(script))["others_can_start"]()
+    with tempfile.TemporaryDirectory() as folder:  # other users may not enter pytest's
+        call = [sys.executable, str(script), "--folder", folder, "--kill", *["--users"] * with_users]
+        done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=1500, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[-1] == "both adapters are equal to the bit"
+        assert any("Node Unavailable" in line for line in lines), done.stdout  # north was missed, and did its part anew
+        assert sum(line.endswith("can read 0 files of the other parties") for line in lines) == 5 * with_users
+        for party in ("trunk", "server", "operator"):
+            files = [path for path in (Path(folder) / party).rglob("*") if path.is_file()]
+            assert [path.name for path in files if path.suffix == ".jsonl"] == ["metrics.jsonl"] * (party == "server")
+            assert not any(b"came with" in path.read_bytes() for path in files)  # no note has left its hospital

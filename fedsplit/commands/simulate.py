@@ -67,7 +67,7 @@ def run(
         raise SettingError("data.at", "site", "driver | shared | label; with flwr run, each client may be a site")
     with advised(lambda: how_to_go_on(resumed)):
         folder, strategy, partition = check(config, objects, read)
-    config = with_format(config, partition.format)
+    config = replace(with_format(config, partition.format), out=str(folder))
     objects = replace(objects, strategy=strategy)  # from here on, a strategy by name is an object, too
 
     from fedsplit.corpora.data_summary import as_document

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 from fedsplit.client.link import TrunkLike
 from fedsplit.errors import InputError, SettingError
@@ -107,7 +111,8 @@ class ServerPlace:
         """
         self._config = config
         self._terms: Terms | None = None
-        self._run = ""
+        self._owner = owner_of(config)
+        self._has_begun = False
 
     def begin(self) -> tuple[str, RunTrunk]:
         """Begins a run at the server. After a loss, waits until the server is back.
@@ -117,7 +122,7 @@ class ServerPlace:
             TrunkLost: Nobody answers as the run starts.
             FederationFailed: After a loss, the server does not come back, or does not accept the run any more.
         """
-        return self._begin_again() if self._run else self._ask(_FIRST_SECONDS)
+        return self._begin_again() if self._has_begun else self._ask(_FIRST_SECONDS)
 
     def _begin_again(self) -> tuple[str, RunTrunk]:
         """Begins the run again after a loss."""
@@ -149,13 +154,13 @@ class ServerPlace:
         if self._terms is None:
             self._terms = terms_of(self._config)
         try:
-            begun = begin_run(dial_of(self._config, patience), self._terms, self._run)
+            begun = begin_run(dial_of(self._config, patience), self._terms, self._owner)
         except (NotTrusted, RefusedByServer, MalformedValue) as error:  # the last one by another version
             raise SettingError("trunk.server", server, f"a server that accepts this run ({error})") from error
         except TrunkLost as lost:
             raise TrunkLost(f"no trunk answers at {server} ({lost}); fedsplit serve starts one") from lost
         _check_begun(begun, server)
-        self._run = begun.run
+        self._has_begun = True
         last_dial = dial_of(self._config, _LAST_SECONDS)
         trunk = RemoteTrunk(
             begun.run,
@@ -165,6 +170,26 @@ class ServerPlace:
             finish=lambda: finish_run(last_dial, begun.run),
         )
         return begun.run, trunk
+
+
+def owner_of(config: Config) -> str:
+    """Returns the identity of a run for a trunk's server: of the run's folder, so that a resumed run has the same.
+
+    A command that is killed takes no leave of the server. By the identity, `--resume` gets the trunk at once, while
+    other runs wait until the server has given up the run.
+
+    Args:
+        config: Settings of the run.
+
+    Example:
+        >>> from fedsplit.settings.documents import build
+        >>> owner_of(build({"out": "runs/one"})) == owner_of(build({"out": "runs/../runs/one"}))
+        True
+    """
+    if not config.out:
+        return uuid4().hex
+    place = f"{socket.gethostname()}:{Path(config.out).resolve()}"
+    return hashlib.sha256(place.encode()).hexdigest()
 
 
 def _check_begun(begun: Begun, server: str) -> None:

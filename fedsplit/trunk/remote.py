@@ -58,13 +58,13 @@ def losses() -> Iterator[None]:
         raise TrunkLost(f"the trunk does not serve the run any more ({error})") from error
 
 
-def begin_run(dial: Dial, terms: Terms, after: str = "") -> Begun:
+def begin_run(dial: Dial, terms: Terms, owner: str = "") -> Begun:
     """Asks a trunk to begin a run.
 
     Args:
         dial: Connects to the trunk's server.
         terms: Terms of the run.
-        after: Name of the caller's run that is lost and begins again; empty for a new run.
+        owner: Identity of the run for its operator; see `BeginRun`.
 
     Returns:
         The name and the incarnation of the run, or the reason why no run has begun.
@@ -74,7 +74,7 @@ def begin_run(dial: Dial, terms: Terms, after: str = "") -> Begun:
         NotTrusted, RefusedByServer: The server does not accept the caller.
     """
     with contextlib.closing(dial(None)) as line:
-        begun: Begun = reply_from_bytes(BeginRun, line.control(message_as_bytes(BeginRun(terms, after))))
+        begun: Begun = reply_from_bytes(BeginRun, line.control(message_as_bytes(BeginRun(terms, owner))))
     return begun
 
 

@@ -58,11 +58,12 @@ class BeginRun:
 
     Attributes:
         terms: Terms of the run.
-        after: Name of the caller's run that is lost and begins again; empty for a new run.
+        owner: Identity of the run for its operator, which stays the same if the run begins again or is resumed. Empty
+            for none.
     """
 
     terms: Terms
-    after: str = ""
+    owner: str = ""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class ServedRun:
     Attributes:
         name: Name of the run.
         incarnation: Identity of this start of the trunk.
+        owner: Identity of the run for its operator; empty for none.
         heard: Time of the last request.
     """
 
@@ -56,6 +57,7 @@ class ServedRun:
         """
         self._clock = clock
         self.heard = clock()
+        self.owner = ""
         self.name = new_trunk_name()
         self.incarnation = new_incarnation()
         self._service = load(self.name, self.incarnation)
@@ -218,18 +220,21 @@ class ServedTrunk:
         differences = self._terms.differences(message.terms)
         if differences:
             return Begun(differences=differences)
-        if self._is_busy_for(message.after):
+        if self._is_busy_for(message.owner):
             return Begun(is_busy=True)
         self._finish()  # before the new weights come: memory need not hold both
         run = self._prepared or ServedRun(self._load, self._threads, self._clock)
         self._prepared = None
+        run.owner = message.owner
         self._run = run
         return Begun(run.name, run.incarnation)
 
-    def _is_busy_for(self, after: str) -> bool:
+    def _is_busy_for(self, owner: str) -> bool:
         """Returns True if the current run goes on, and is not the one that begins again."""
         run = self._run
-        return run is not None and run.name != after and self._clock() - run.heard < self._timeout
+        if run is None or (owner and owner == run.owner):
+            return False
+        return self._clock() - run.heard < self._timeout
 
     def _finish(self) -> None:
         """Ends the current run, if there is one."""

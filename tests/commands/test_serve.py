@@ -135,6 +135,26 @@ def test_a_trunk_that_is_killed_and_started_again_changes_no_number(
     assert adapters(tmp_path / "run") == own
 
 
+@pytest.mark.slow
+def test_a_run_whose_command_was_killed_goes_on_at_its_server_at_once(
+    config: Path, own: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The dead command has taken no leave of the server, which refuses the runs of others still."""
+    with Served(tmp_path, config) as server:
+        flags = ["--config", "mine.toml", "--engine", "local", "--workers", "1", "--report", "false", *server.flags]
+        flags += ["--trunk.token-file", "mine.token"]
+        run = WatchedRun(tmp_path, *flags, "--out", "run")
+        with run.halted("round 1/2"):
+            run.kill()
+        run.end(SECONDS)
+        code, errors = WatchedRun(tmp_path, *flags, "--out", "other").end(SECONDS)
+        assert code == 2 and "a trunk that serves no other run now" in errors
+        resumed = WatchedRun(tmp_path, "--resume", "run")
+        code, errors = resumed.end(SECONDS)
+    assert code == 0, resumed.shown + errors
+    assert adapters(tmp_path / "run") == own
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Served]]:
     folder = tmp_path_factory.mktemp("served")

@@ -14,7 +14,7 @@ from same_numbers import BASE, CASES, play
 from served_trunks import offered
 
 from fedsplit.engines import trunk_places
-from fedsplit.engines.trunk_places import OwnPlace, ServerPlace, place_of
+from fedsplit.engines.trunk_places import OwnPlace, ServerPlace, owner_of, place_of
 from fedsplit.errors import SettingError
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.settings.config import Config
@@ -73,15 +73,15 @@ class Servers:
     def __init__(self, *outcomes: Begun | Exception) -> None:
         self.outcomes = list(outcomes)
         self.patience: list[float] = []
-        self.after: list[str] = []
+        self.owners: list[str] = []
 
     def dial_of(self, config: Config, patience: float | None = None) -> Any:
         if patience is not None:
             self.patience.append(patience)
         return None
 
-    def begin_run(self, dial: Any, terms: Any, after: str) -> Begun:
-        self.after.append(after)
+    def begin_run(self, dial: Any, terms: Any, owner: str) -> Begun:
+        self.owners.append(owner)
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
@@ -110,7 +110,16 @@ def test_a_run_begins_once_more_at_the_same_server(place: Place) -> None:
     made, servers = place(Begun("first", "a"), TrunkLost("still down"), Begun("second", "b"))
     assert [made.begin()[0], made.begin()[0]] == ["first", "second"]
     assert [seconds for seconds in servers.patience if seconds > trunk_places._LAST_SECONDS] == [10.0, 77, 77]
-    assert servers.after == ["", "first", "first"]
+    assert len({*servers.owners}) == 1 and len(servers.owners) == 3
+
+
+def test_a_resumed_run_is_the_run_for_the_server_and_no_other_is(tmp_path: Path) -> None:
+    def owner(**settings: str) -> str:
+        return owner_of(build(settings))
+
+    assert owner(out=str(tmp_path / "run")) == owner(out=str(tmp_path / "run"), resume=str(tmp_path / "run"))
+    assert owner(out=str(tmp_path / "run")) != owner(out=str(tmp_path / "other"))
+    assert owner() != owner()
 
 
 def test_nobody_answers_as_the_run_starts(place: Place) -> None:

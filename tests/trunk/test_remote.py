@@ -142,10 +142,10 @@ def test_a_refused_step_is_no_loss(exchange: Exchange) -> None:
 
 def test_a_run_begins_by_a_connection_that_is_closed_again(exchange: Exchange) -> None:
     exchange.reply = Begun("trunk-1", "first")
-    assert begin_run(exchange, Terms({"seed": "0"}), after="trunk-0") == Begun("trunk-1", "first")
+    assert begin_run(exchange, Terms({"seed": "0"}), owner="me") == Begun("trunk-1", "first")
     (line,) = exchange.lines
     assert (line.client, line.is_closed) == (None, True)
-    assert line.asked == [(BeginRun(Terms({"seed": "0"}), "trunk-0"), "")]
+    assert line.asked == [(BeginRun(Terms({"seed": "0"}), "me"), "")]
 
 
 @pytest.mark.parametrize("error", [None, TrunkLost("gone"), RefusedByServer("ABORTED", "restart")], ids=repr)

@@ -119,8 +119,8 @@ def test_every_further_run_has_a_fresh_trunk_of_another_name(trunk: ServedTrunk,
     """After the end of the run before, and after its loss."""
     runs = [asked(trunk, BeginRun(TERMS))]
     assert asked(trunk, FinishRun(), runs[0].run) is None
-    runs.append(asked(trunk, BeginRun(TERMS)))
-    runs.append(asked(trunk, BeginRun(TERMS, after=runs[1].run)))
+    runs.append(asked(trunk, BeginRun(TERMS, "me")))
+    runs.append(asked(trunk, BeginRun(TERMS, "me")))
     assert [run.run for run in runs] == [service.run for service in loader.loaded]
     assert len({run.run for run in runs} | {run.incarnation for run in runs}) == 6
     assert [service.is_closed for service in loader.loaded] == [True, True, False]
@@ -141,24 +141,25 @@ def test_before_a_run_has_begun_nobody_is_served(trunk: ServedTrunk) -> None:
 
 
 def test_messages_of_an_earlier_run_find_the_trunk_lost(trunk: ServedTrunk) -> None:
-    first = asked(trunk, BeginRun(TERMS))
-    second = asked(trunk, BeginRun(TERMS, after=first.run))
+    first = asked(trunk, BeginRun(TERMS, "me"))
+    second = asked(trunk, BeginRun(TERMS, "me"))
     for message in (port.ReadStatus(), FinishRun()):
         with pytest.raises(TrunkLost, match="serves another run"):
             asked(trunk, message, first.run)
     assert asked(trunk, port.Unfold(), second.run) is None
 
 
-def test_a_second_run_is_refused_until_the_first_one_ends_or_is_abandoned(loader: Loader) -> None:
+@pytest.mark.parametrize("owner", ["", "me"])
+def test_a_second_run_is_refused_until_the_first_one_ends_or_is_abandoned(owner: str, loader: Loader) -> None:
     """So that two federations do not take the trunk from each other."""
     clock = ManualClock()
     trunk = ServedTrunk(loader, TERMS, timeout=100.0, clock=clock)
-    first = asked(trunk, BeginRun(TERMS))
+    first = asked(trunk, BeginRun(TERMS, owner))
     clock.advance_to(60.0)
     asked(trunk, port.ReadStatus(), first.run)
-    for after in ("", "trunk-of-yesterday"):
+    for other in ("", "somebody else"):
         clock.advance_to(159.0)
-        assert asked(trunk, BeginRun(TERMS, after)) == Begun(is_busy=True)
+        assert asked(trunk, BeginRun(TERMS, other)) == Begun(is_busy=True)
     clock.advance_to(161.0)
     assert asked(trunk, BeginRun(TERMS)).run not in ("", first.run)
     trunk.close()
@@ -167,14 +168,14 @@ def test_a_second_run_is_refused_until_the_first_one_ends_or_is_abandoned(loader
 def test_who_waits_for_a_run_that_ends_gets_an_answer(loader: Loader) -> None:
     loader.is_silent = True
     trunk = ServedTrunk(loader, TERMS)
-    begun = asked(trunk, BeginRun(TERMS))
+    begun = asked(trunk, BeginRun(TERMS, "me"))
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
     trunk.serve(PACKET, answers.put)
     trunk.control(message_as_bytes(port.ReadStatus(), begun.run), replies.put)
     for _ in range(2):
         assert loader.loaded[0].arrived.acquire(timeout=SECONDS)
-    asked(trunk, BeginRun(TERMS, after=begun.run))
+    asked(trunk, BeginRun(TERMS, "me"))
     assert isinstance(answers.get(timeout=SECONDS), ForeignStep)
     with pytest.raises(TrunkLost, match="the run is over"):
         reply_from_bytes(port.ReadStatus, replies.get(timeout=SECONDS))
@@ -212,9 +213,9 @@ def test_bytes_that_are_no_message_are_refused_and_the_trunk_goes_on(trunk: Serv
 
 
 def test_a_trunk_that_cannot_be_loaded_again_says_why(trunk: ServedTrunk, loader: Loader) -> None:
-    begun = asked(trunk, BeginRun(TERMS))
+    asked(trunk, BeginRun(TERMS, "me"))
     loader.fails = True
     with pytest.raises(TrunkFailed, match="the weights are gone"):
-        asked(trunk, BeginRun(TERMS, after=begun.run))
+        asked(trunk, BeginRun(TERMS, "me"))
     loader.fails = False
     assert asked(trunk, BeginRun(TERMS)).run

@@ -76,10 +76,12 @@ HOMES = {
     "flwr": {
         "flower_app",
         "commands.server_app",
+        "commands.site_client",
         "federation.mods",
         "federation.records",
         "federation.flower_strategy",
         "engines.flower_engine",
+        "engines.away_nodes",
         "engines.flower_clients",
         "engines.flower_runtime",
         "engines.flower_sites",

@@ -132,6 +132,7 @@ class RunFolder:
 
     Attributes:
         path: The folder.
+        content: Digests of data, model and code.
         clients: Folder of the clients' disks.
         folds: Folder of the changes of base weights.
         notes: Lines for the user about how the run goes on; empty for a new run.
@@ -164,7 +165,7 @@ class RunFolder:
         self.path = path
         self._config = config
         self._family = family
-        self._content = content
+        self.content = content
         self._digests: dict[tuple[Path, int, int], str] = {}  # by file, time of its last change, and size
         self._ranges = ranges(blocks, config.bounds)
         self.clients = path.absolute() / "clients"
@@ -275,7 +276,7 @@ class RunFolder:
             write_tensors(folder / _TENSORS, pack(snapshot.groups))
             facts = {**snapshot.facts, "round": snapshot.round}
             (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            manifest.write(folder, snapshot.round, self._config, self._content, self._elsewhere(snapshot))
+            manifest.write(folder, snapshot.round, self._config, self.content, self._elsewhere(snapshot))
 
         metrics = self.path / "metrics.jsonl"
         with writing(metrics):

@@ -20,9 +20,11 @@ from fedsplit.corpora.partition import shard_of_site
 from fedsplit.corpora.shards import remove_left, shard_file, write_shard
 from fedsplit.durable import write_text
 from fedsplit.errors import InputError, SettingError, check_all
+from fedsplit.federation.manifest import digest
 from fedsplit.federation.messages import Request
-from fedsplit.model.sources import config_folder
+from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.model.token_ids import check_largest
+from fedsplit.model.weight_files import find_tensors
 from fedsplit.settings.config import OPTIONS, SETTINGS, Config
 from fedsplit.settings.documents import as_document, dotted, draft, from_document, suggest
 from fedsplit.settings.flags import read_toml
@@ -113,6 +115,7 @@ class Site:
         config = self.settings_for(from_document(json.loads(request.briefing.run)))
         root = (self.folder / _checked_name(request.briefing.store)).absolute()
         if not shard_file(root, self.client).exists():
+            check_model(config, request.briefing.model)
             shard = shard_of_site(config, self.name)
             largest = max(int(shard.train.ids.max()), int(shard.held_out.ids.max()))
             check_largest(config_folder(config.model), config.model, largest)
@@ -131,6 +134,26 @@ class Site:
         """
         roots = [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
         return sum(bool(remove_left(root)) for root in roots)
+
+
+def check_model(config: Config, digests: str) -> None:
+    """Checks that the base model at this site is the run's. Losses of another model would be wrong without a sign.
+
+    A site may have only the files with the weights of bottom and top: files that both have are compared.
+
+    Args:
+        config: Settings of the run at this site.
+        digests: Digests of the files of the run's model by name, as JSON; empty if the run tells none.
+
+    Raises:
+        SettingError: A file differs.
+    """
+    of_run = json.loads(digests or "{}")
+    weights = weights_folder(config, ["bottom", "top"])
+    files = {config_folder(config.model) / "config.json", *find_tensors(weights).values()}
+    for file in sorted(files):
+        if file.name in of_run and file.is_file() and digest(file) != of_run[file.name]:
+            raise SettingError("model", config.model, f"the run's model; {file.name} at this site is another file")
 
 
 def _checked_name(run: str) -> str:

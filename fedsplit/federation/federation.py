@@ -171,6 +171,7 @@ class Federation:
             store=self._store,
             personal="".join(sorted(self._aggregation.traits.personal)),
             stage=Objects(job.strategy).has_stage,
+            model=json.dumps(dict(job.folder.content.model)) if self._config.data.at == "site" else "",
         )
         return Parties(
             self._config,

@@ -61,6 +61,7 @@ class Briefing:
         store: Folder of the clients' disks.
         personal: Factors that stay at the clients, such as "B".
         stage: True if the strategy has a gradient stage at the clients.
+        model: Digests of the base model's files by name, as JSON, for sites with a base model of their own; else empty.
     """
 
     run: str
@@ -70,6 +71,7 @@ class Briefing:
     store: str
     personal: str = ""
     stage: bool = False
+    model: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from fedsplit.corpora.partition import partition_of
 from fedsplit.corpora.shards import read_shard
 from fedsplit.errors import InputError, SettingError
-from fedsplit.federation.client_site import Site, make_site, name_of_run, read_site, write_site
+from fedsplit.federation.client_site import Site, check_model, make_site, name_of_run, read_site, write_site
+from fedsplit.federation.manifest import digest
 from fedsplit.federation.messages import Briefing, Introduce, Request
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document, build
@@ -36,8 +38,8 @@ def site(tmp_path: Path) -> Site:
     return Site(2, "ward a", tmp_path / "state", {"dataset": str(file), **SERVER})
 
 
-def asked(config: Config, store: str = NAME) -> Request:
-    briefing = Briefing(json.dumps(as_document(config)), "trunk", "first", threads=3, store=store)
+def asked(config: Config, store: str = NAME, model: str = "") -> Request:
+    briefing = Briefing(json.dumps(as_document(config)), "trunk", "first", threads=3, store=store, model=model)
     return Introduce(briefing, client=-1)
 
 
@@ -107,6 +109,20 @@ def test_the_data_set_is_read_once_in_a_run(site: Site, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dataset: "):
         site.received(asked(RUN, store="1" * 32))
     assert site.remove_data() == 1 and site.remove_data() == 0
+
+
+def test_a_site_with_another_base_model_plays_no_run(site: Site, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Of files, those count that both sides have: a site may lack weights of the trunk, or keep further files."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["llama"], folder)
+    of_run = {name: digest(folder / name) for name in ("config.json", "model.safetensors")}
+    said = json.dumps({**of_run, "model-00002-of-00002.safetensors": "of the trunk"})
+    own = replace(site, settings={**site.settings, "model": str(folder)})
+    check_model(own.settings_for(RUN), said)
+    for name in of_run:
+        with pytest.raises(SettingError, match=rf"^model: .* is not possible; allowed: the run's model; {name} at"):
+            own.received(asked(RUN, model=json.dumps({**of_run, name: "0" * 64})))
+    assert not (site.folder / NAME).exists()
 
 
 @pytest.mark.parametrize("store", ["", "../../etc", "/etc", "a" * 31, "é" * 32, f"{'0' * 30}/a"])

@@ -39,7 +39,9 @@ from fedsplit.scores import Score
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
 
 START = Adapters({"l.lora_A.weight": torch.randn(2, 3), "l.lora_B.weight": torch.randn(4, 2)}, {"l": Layer(2.0, True)})
-BRIEFING = Briefing(run='{"seed": 3}', trunk="t", incarnation="first", threads=2, store="/some/where", personal="B")
+BRIEFING = Briefing(
+    run='{"seed": 3}', trunk="t", incarnation="first", threads=2, store="/some/where", personal="B", model="{}"
+)
 FIELDS: dict[str, Any] = {"round": 3, "attempt": 1, "accepted": 2, "folded": 1, "folds": 1, "discarded": 4}
 EDGES = torch.tensor([0.0, -0.0, 1e-45, 3.4e38, float("inf"), float("nan")])
 """Values that a detour over text, or over another type, would not leave as they are."""

@@ -90,7 +90,7 @@ HOMES = {
     },
     "flwr_datasets": {"corpora.partitioners"},
     "google": {"wire.chunks", "wire.grpc_schema"},  # protobuf
-    "grpc": {"wire.grpc_client", "wire.grpc_server", "wire.grpc_streams"},
+    "grpc": {"wire.grpc_calls", "wire.grpc_server", "wire.grpc_streams"},
     "grpc_health": {"wire.grpc_server"},
     "grpc_reflection": {"wire.grpc_server"},
     "huggingface_hub": {"federation.model_card", "model.hub", "results.publishing"},

@@ -148,7 +148,7 @@ class ServerPlace:
         """
         from fedsplit.trunk.dialing import dial_of
         from fedsplit.trunk.remote import MOST_LINES, RemoteTrunk, begin_run, finish_run
-        from fedsplit.wire.grpc_client import RefusedByServer
+        from fedsplit.wire.grpc_calls import RefusedByServer
 
         server = self._config.trunk.server
         if self._terms is None:

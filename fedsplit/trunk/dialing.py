@@ -37,7 +37,9 @@ def dial_of(config: Config, patience: float | None = None) -> Dial:
         if trunk.tls:
             folder = trunk.tls if is_own else str(Path(trunk.tls) / folder_of(client, names))
         address = GrpcAddress(host, port, folder, token)
-        return GrpcClient(address, client, patience=trunk.wait if patience is None else patience)
+        return GrpcClient(
+            address, client, patience=trunk.wait if patience is None else patience, silence=config.timeout
+        )
 
     return dial
 

@@ -12,7 +12,7 @@ from fedsplit.settings.config import Config
 from fedsplit.trunk.control_bytes import message_as_bytes, reply_from_bytes
 from fedsplit.trunk.port import Control, Leave, Reply, TrunkPort
 from fedsplit.trunk.run_terms import BeginRun, Begun, FinishRun, Terms
-from fedsplit.wire.grpc_client import RefusedByServer
+from fedsplit.wire.grpc_calls import RefusedByServer
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.steps import ForeignStep
 from fedsplit.wire.tls import NotTrusted

@@ -10,108 +10,24 @@ import asyncio
 import contextlib
 import queue
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import grpc
-
-from fedsplit.errors import first_line
 from fedsplit.wire import frames
 from fedsplit.wire.chunks import Assembler, Refused, blob_reading
 from fedsplit.wire.event_loop import event_loop, start
-from fedsplit.wire.grpc_address import CLIENT, ERROR, LIFE, REQUEST, GrpcAddress, authorization, check_encrypted, entry
+from fedsplit.wire.grpc_address import LIFE, REQUEST, GrpcAddress, entry
+from fedsplit.wire.grpc_calls import BROKEN, Broken, RefusedByServer, ServerStreams, telling_cancellations_apart
 from fedsplit.wire.grpc_schema import CONTROL, PACKETS
-from fedsplit.wire.grpc_streams import OPTIONS, ChunkStream
+from fedsplit.wire.grpc_streams import ChunkStream
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.retries import Patience
-from fedsplit.wire.tls import CA, CERTIFICATE, KEY, NotTrusted, problem, why_refused
+from fedsplit.wire.tls import NotTrusted
 from fedsplit.wire.transport import PendingAnswer, TrunkLost, Unanswered, remembered
-from fedsplit.wire.windows import ReceiveWindow
-
-T = TypeVar("T")
 
 PATIENCE = 60.0
 """Seconds for which a client tries to reach a server again."""
-
-_WINDOW = 2**25
-"""Bytes of answers that the server may send before the client has taken them."""
-
-_WELCOME_SECONDS = 10.0
-"""Longest wait for the first message of a server."""
-
-_FOREVER = 1e9
-
-
-class _EndedByPeer(Exception):
-    """The peer has ended a stream with the status CANCELLED."""
-
-
-_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, OSError, _EndedByPeer)
-"""Errors of gRPC's streams that are broken. `ExecuteBatchError`, a `BaseError`, comes from one that the peer ends."""
-
-
-@contextlib.contextmanager
-def _telling_cancellations_apart() -> Iterator[None]:
-    """Raises an error for a stream that the peer has cancelled, which gRPC reports as if this task were cancelled."""
-    try:
-        yield
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise _EndedByPeer("the server has cancelled the stream") from error
-
-
-_CHANNEL_OPTIONS = [
-    *OPTIONS,
-    ("grpc.enable_retries", 0),  # the client repeats packets itself
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a second client must not share the connection, nor its state
-]
-
-_CURABLE = ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED")
-"""Statuses after which a second stream may do better."""
-
-
-class RefusedByServer(Exception):
-    """The server refuses the client for a reason that no repetition can cure, such as a limit.
-
-    Attributes:
-        status: Name of the gRPC status.
-    """
-
-    def __init__(self, status: str, words: str) -> None:
-        """Takes the name of the status, and the server's words."""
-        super().__init__(f"the trunk's server refuses the stream: {words} ({status})")
-        self.status = status
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _copy_of_refusal, (str(self), self.status)
-
-
-def _copy_of_refusal(message: str, status: str) -> RefusedByServer:
-    error = RefusedByServer(status, "")
-    error.args = (message,)
-    return error
-
-
-@dataclass
-class _Call:
-    """A stream of gRPC.
-
-    Attributes:
-        grpc: The library's call.
-        is_welcome: True once the server has accepted the stream.
-    """
-
-    grpc: Any
-    is_welcome: bool = False
-
-
-class _Broken(Exception):
-    """A stream has ended, and may be opened again. The message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +49,14 @@ class GrpcClient:
     The example of `GrpcServer` shows a client.
     """
 
-    def __init__(self, address: GrpcAddress, client: int | None = None, *, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        address: GrpcAddress,
+        client: int | None = None,
+        *,
+        patience: float = PATIENCE,
+        silence: float | None = None,
+    ) -> None:
         """Connects at the first packet or control request.
 
         Args:
@@ -141,16 +64,15 @@ class GrpcClient:
             client: Number of the client; None for the operator, or on one machine for a process that plays several
                 clients.
             patience: Seconds without progress after which the trunk counts as lost.
+            silence: Seconds that a server may be silent during a control request; None for no limit. Packets have no
+                such limit: a client may wait for its turn.
 
         Raises:
             InputError: The server is on another machine, and there are no certificates.
             NotTrusted: The certificates of this side cannot be used.
         """
-        check_encrypted(address.host, address.tls)
-        if address.tls and (reason := problem(Path(address.tls))):
-            raise NotTrusted(reason)
-        self._address = address
-        self._client = client
+        self._streams = ServerStreams(address, client)
+        self._silence = silence
         self._patience = patience
         self._next = 0
         # All that follows is used on the event loop only.
@@ -158,7 +80,6 @@ class GrpcClient:
         self._unsent: dict[int, _Sent] = {}
         self._changed = asyncio.Event()
         self._error: Exception | None = None
-        self._was_welcome = False
         self._playing: asyncio.Task[None] | None = None
 
     def send(self, packet: Packet) -> PendingAnswer:
@@ -195,7 +116,7 @@ class GrpcClient:
             request: The request; not empty.
 
         Raises:
-            TrunkLost: The server is gone, or was started again during the request.
+            TrunkLost: The server is gone, is silent for too long, or was started again during the request.
             NotTrusted, RefusedByServer: As for packets. A client other than the operator is not trusted.
             RefusedStep, TrunkFailed: The trunk's error.
         """
@@ -251,7 +172,7 @@ class GrpcClient:
             self._unsent = dict(self._waiting)
             try:
                 await self._one_stream(patience)
-            except _Broken as broken:
+            except Broken as broken:
                 if not self._waiting:
                     return  # the next packet opens a stream
                 if patience.is_over():
@@ -267,11 +188,11 @@ class GrpcClient:
         """Sends packets and takes answers until the stream breaks.
 
         Raises:
-            _Broken: The stream has ended.
+            Broken: The stream has ended.
             NotTrusted, RefusedByServer: A second stream would end in the same way.
         """
-        async with self._opened(PACKETS) as call:
-            stream = await self._greeted(call, Assembler(lambda total: frames.reading(), frames.LARGEST_PACKET))
+        async with self._streams.opened(PACKETS) as call:
+            stream = await self._streams.greeted(call, Assembler(lambda total: frames.reading(), frames.LARGEST_PACKET))
             patience.began()
             unanswered: set[int] = set()
             room = asyncio.Event()
@@ -317,7 +238,7 @@ class GrpcClient:
         while await self._read_one(stream, unanswered):
             room.set()
             patience.progressed()
-        raise _Broken("the server has ended the stream")
+        raise Broken("the server has ended the stream")
 
     async def _read_one(self, stream: ChunkStream[tuple[int, Packet | Exception]], unanswered: set[int]) -> bool:
         """Takes one answer. A loop in here would keep the last answer in memory while the stream is silent."""
@@ -332,80 +253,6 @@ class GrpcClient:
         await stream.give_credit()
         return True
 
-    @contextlib.asynccontextmanager
-    async def _opened(self, method: str, *metadata: tuple[str, str]) -> AsyncIterator[_Call]:
-        """Opens a stream, and turns the errors of the stream into this module's errors."""
-        said = [authorization(self._address.token), *metadata]
-        if self._client is not None:
-            said.append((CLIENT, str(self._client)))
-        channel = self._channel()
-        call = _Call(channel.stream_stream(method)(metadata=said))
-        try:
-            with _telling_cancellations_apart():
-                yield call
-        except Refused as refused:  # by this side
-            raise RefusedByServer(refused.status, f"the server does not keep to the protocol: {refused}") from refused
-        except _EndedByPeer as error:
-            raise _Broken(str(error)) from error
-        except _BROKEN as error:
-            raise await self._explained(call) from error
-        finally:
-            call.grpc.cancel()
-            await channel.close(None)
-
-    def _channel(self) -> Any:
-        """Returns a channel. A new one for each stream connects at once, and has no memory of earlier failures."""
-        address = self._address
-        if not address.tls:
-            return grpc.aio.insecure_channel(address.target, options=_CHANNEL_OPTIONS)
-        folder = Path(address.tls)
-        ca, key, certificate = ((folder / name).read_bytes() for name in (CA, KEY, CERTIFICATE))
-        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        return grpc.aio.secure_channel(address.target, credentials, options=_CHANNEL_OPTIONS)
-
-    async def _greeted(self, call: _Call, assembler: Assembler[T]) -> ChunkStream[T]:
-        """Exchanges the first messages."""
-        window = ReceiveWindow(_WINDOW)
-        stream = ChunkStream(call.grpc.read, call.grpc.write, assembler, window, _FOREVER)
-        try:
-            async with asyncio.timeout(_WELCOME_SECONDS):
-                await stream.greet()
-                await stream.welcome()
-        except TimeoutError as error:
-            raise _Broken(f"the server is silent for {_WELCOME_SECONDS:g} s") from error
-        call.is_welcome = True
-        self._was_welcome = True
-        return stream
-
-    async def _explained(self, call: _Call) -> Exception:
-        """Returns the error for the end of a call."""
-        try:
-            async with asyncio.timeout(_WELCOME_SECONDS):
-                status = (await call.grpc.code()).name
-        except TimeoutError:
-            return _Broken("the stream is broken, and the server does not say why")
-        words = await call.grpc.details() or ""
-        name = entry(await call.grpc.trailing_metadata(), ERROR)
-        if name:
-            return frames.error_named(name)(words)
-        if status == "ABORTED":
-            return TrunkLost(words)
-        if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            return NotTrusted(f"the trunk's server refuses the client: {words}")
-        if status == "UNAVAILABLE" and self._address.tls and not self._was_welcome:
-            reason = await asyncio.to_thread(self._mistrust)
-            if reason:
-                return NotTrusted(reason)
-        # After a broken stream, the server may not have noticed yet that the stream is gone.
-        is_full = status == "RESOURCE_EXHAUSTED" and self._was_welcome and not call.is_welcome
-        if status in _CURABLE or is_full:
-            return _Broken(first_line(Exception(words)))
-        return RefusedByServer(status, words)
-
-    def _mistrust(self) -> str:
-        """Returns why this side and the server do not trust each other; empty if they do, or if there is no server."""
-        return why_refused(self._address.host, self._address.port, self._address.tls, _WELCOME_SECONDS)
-
     async def _control(self, request: bytes) -> bytes:
         """Sends a request until there is a reply."""
         if not request:
@@ -415,7 +262,7 @@ class GrpcClient:
         while True:
             try:
                 return await self._control_once(request, metadata, patience)
-            except _Broken as broken:
+            except Broken as broken:
                 if patience.is_over():
                     raise TrunkLost(f"the trunk cannot be reached any more ({broken})") from broken
                 await asyncio.sleep(patience.wait())
@@ -428,8 +275,8 @@ class GrpcClient:
             metadata: Identity of the request; and, once a server has got the request, the server's life.
             patience: Is told of progress.
         """
-        async with self._opened(CONTROL, *metadata) as call:
-            stream = await self._greeted(call, Assembler(blob_reading, frames.LARGEST_PACKET))
+        async with self._streams.opened(CONTROL, *metadata) as call:
+            stream = await self._streams.greeted(call, Assembler(blob_reading, frames.LARGEST_PACKET), self._silence)
             patience.began()
             if len(metadata) == 1:
                 metadata.append((LIFE, entry(await call.grpc.initial_metadata(), LIFE)))
@@ -437,12 +284,12 @@ class GrpcClient:
             try:
                 reply = await stream.receive()
                 if reply is None:
-                    raise _Broken("the server has ended the stream")
+                    raise Broken("the server has ended the stream")
                 await sending  # its task may not have heard that all is sent, and a cancelled write ends the whole call
             finally:
                 sending.cancel()
             # The reply is here. An error now must not have the request repeated, which the server may have forgotten.
-            with contextlib.suppress(*_BROKEN, Refused), _telling_cancellations_apart():
+            with contextlib.suppress(*BROKEN, Refused), telling_cancellations_apart():
                 await call.grpc.done_writing()  # the server need not keep the reply
                 await stream.receive()
             return reply

@@ -36,7 +36,8 @@ def config_with(tmp_path: Path, **settings: object) -> Config:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
 
-    def client(address: GrpcAddress, number: int | None, *, patience: float) -> Any:
+    def client(address: GrpcAddress, number: int | None, *, patience: float, silence: float) -> Any:
+        assert silence == Config().timeout
         calls.append((address, number, patience))
 
     monkeypatch.setattr(dialing, "GrpcClient", client)

@@ -11,7 +11,7 @@ from fedsplit.trunk import port
 from fedsplit.trunk.control_bytes import message_from_bytes, reply_as_bytes
 from fedsplit.trunk.remote import RemoteTrunk, begin_run, finish_run
 from fedsplit.trunk.run_terms import BeginRun, Begun, FinishRun, Terms
-from fedsplit.wire.grpc_client import RefusedByServer
+from fedsplit.wire.grpc_calls import RefusedByServer
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import ForeignStep, StaleStep
 from fedsplit.wire.tls import NotTrusted

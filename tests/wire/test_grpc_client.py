@@ -25,8 +25,9 @@ from split_models import RAW, parts_of, server_of
 from fedsplit.errors import InputError
 from fedsplit.settings.sections import TrunkSettings
 from fedsplit.trunk.service import TrunkService
-from fedsplit.wire import grpc_client
-from fedsplit.wire.grpc_client import GrpcClient, RefusedByServer
+from fedsplit.wire import grpc_calls
+from fedsplit.wire.grpc_calls import RefusedByServer
+from fedsplit.wire.grpc_client import GrpcClient
 from fedsplit.wire.grpc_server import GrpcServer
 from fedsplit.wire.identities import read_identities
 from fedsplit.wire.limits import Limits
@@ -157,9 +158,9 @@ def test_a_connection_on_which_nothing_comes_any_more_is_noticed_by_keepalive(
     serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = dict.fromkeys(("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"), 500)
-    options = dict(grpc_client._CHANNEL_OPTIONS)
+    options = dict(grpc_calls._CHANNEL_OPTIONS)
     assert quick.keys() <= options.keys()
-    monkeypatch.setattr(grpc_client, "_CHANNEL_OPTIONS", [*{**options, **quick}.items()])
+    monkeypatch.setattr(grpc_calls, "_CHANNEL_OPTIONS", [*{**options, **quick}.items()])
     wire = Wire(serving(Once()).port)
     client = GrpcClient(at(wire.port), 0)
     assert client.send(packet(0))().key.step == 0
@@ -221,7 +222,7 @@ def test_the_caller_goes_on_while_a_packet_waits(serving) -> None:
 def test_more_bytes_than_a_window_has_cross_in_both_directions(
     size: int, serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_client, "_WINDOW", 2**21)
+    monkeypatch.setattr(grpc_calls, "_WINDOW", 2**21)
     client = GrpcClient(at(serving(limits=Limits(window=2**21)).port), 0)
     for step in range(2 + 3 * 2**19 // size):
         answers: queue.SimpleQueue[Packet] = queue.SimpleQueue()
@@ -302,7 +303,7 @@ def test_what_does_not_speak_the_protocol_is_no_trunk(serving) -> None:
         GrpcClient(at(port), 0).send(packet(0))()
     other.stop(None)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpc_client, "_WELCOME_SECONDS", 0.2)
+        patch.setattr(grpc_calls, "_WELCOME_SECONDS", 0.2)
         with pytest.raises(TrunkLost, match=r"the server is silent for 0\.2 s"):
             GrpcClient(at(silent.getsockname()[1]), 0, patience=0.1).send(packet(0))()
 
@@ -388,7 +389,7 @@ def test_a_stream_that_breaks_carries_no_request_twice(
     ended: list[str] = []
     asked: list[bytes] = []
 
-    class Breaking(grpc_client.ChunkStream[Any]):
+    class Breaking(grpc_calls.ChunkStream[Any]):
         """Breaks once, at the wait for the reply or at the farewell."""
 
         waits = 0
@@ -404,11 +405,25 @@ def test_a_stream_that_breaks_carries_no_request_twice(
         asked.append(request)
         done(b"reply")
 
-    monkeypatch.setattr(grpc_client, "_WELCOME_SECONDS", 0.5)
-    monkeypatch.setattr(grpc_client, "ChunkStream", Breaking)
+    monkeypatch.setattr(grpc_calls, "_WELCOME_SECONDS", 0.5)
+    monkeypatch.setattr(grpc_calls, "ChunkStream", Breaking)
     thread, came = asking(GrpcClient(at(serving(control=control).port)), b"request")
     thread.join(LONG)
     assert came == [b"reply"] and ended == [end] and len(asked) == 1
+
+
+def test_a_server_that_hangs_during_a_control_request_is_lost(serving) -> None:
+    """The process answers gRPC's pings still. Packets may wait for as long as they like."""
+    held: list[Any] = []
+    server = serving(lambda one, done: held.append(done), control=lambda request, done: held.append(done))
+    client = GrpcClient(at(server.port), None, silence=0.3)
+    answer = client.send(packet(0))
+    with pytest.raises(TrunkLost, match=r"the trunk's server has not answered for 0\.3 seconds"):
+        client.control(b"request")
+    assert len(held) == 2
+    held[0](packet(0))
+    assert answer().key.step == 0
+    client.close()
 
 
 class Service:

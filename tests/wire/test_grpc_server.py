@@ -32,10 +32,11 @@ from grpc_parties import (
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fedsplit.errors import InputError, SettingError
-from fedsplit.wire import frames, grpc_client
+from fedsplit.wire import frames, grpc_calls
 from fedsplit.wire.chunks import LARGEST_CHUNK, Chunk
 from fedsplit.wire.grpc_address import REQUEST
-from fedsplit.wire.grpc_client import GrpcClient, RefusedByServer
+from fedsplit.wire.grpc_calls import RefusedByServer
+from fedsplit.wire.grpc_client import GrpcClient
 from fedsplit.wire.grpc_schema import CONTROL, SERVICE, ChunkMessage
 from fedsplit.wire.grpc_server import GrpcServer
 from fedsplit.wire.identities import read_identities
@@ -318,7 +319,7 @@ def test_a_certificate_that_does_not_fit_is_refused_by_the_server(
     kind: str, root: Path, tmp_path: Path, serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client's own check is left out: a stranger has none."""
-    monkeypatch.setattr(grpc_client, "problem", lambda folder: "")
+    monkeypatch.setattr(grpc_calls, "problem", lambda folder: "")
     server = serving(identities=read_identities(root / "server"))
     witness = GrpcClient(at(server.port, root / "b"), 1)
     assert witness.send(packet(client=1))().key.client == 1

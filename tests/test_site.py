@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_command import command
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTED_ELSEWHERE = {"python.md"}
+SETTINGS = {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -34,7 +36,7 @@ def smaller_study() -> str:
 
 
 def run(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **SETTINGS}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=550)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -57,13 +59,19 @@ def test_the_quick_start_and_all_python_code_run_as_written(tmp_path: Path) -> N
     quick_start = (ROOT / "docs" / "quickstart.md").read_text()
     commands = re.findall(r"^\$ (fedsplit [^#\n]*)", quick_start.partition("## Your own data")[0], flags=re.M)
     assert len(commands) == 4
-    for command in commands:
-        run([sys.executable, "-m", *shlex.split(command)], tmp_path)
+    for words in map(shlex.split, commands):
+        done = command(*words, cwd=tmp_path, env={**os.environ, **SETTINGS})
+        assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "first" / "adapter" / "adapter_model.safetensors").exists()
     shutil.copytree(tmp_path / "runs" / "first", tmp_path / "runs" / "demo")
     (tmp_path / "study.toml").write_text(smaller_study())
     run([sys.executable, "-m", "fedsplit", "sweep", "study.toml"], tmp_path)
+    pages = []
     for page in PAGES:
         blocks = python_blocks(page)
         if blocks and page.name not in TESTED_ELSEWHERE:
-            run([sys.executable, "-c", "\n".join(blocks)], tmp_path)
+            pages.append(tmp_path / f"{page.stem}_page.py")
+            pages[-1].write_text("\n".join(blocks))
+    # One process for all pages, since most of a short one is the import of the libraries.
+    script = "import runpy, sys; sys.path[:0] = ['']; [runpy.run_path(page) for page in sys.argv[1:]]"
+    run([sys.executable, "-c", script, *map(str, pages)], tmp_path)

@@ -1,4 +1,4 @@
-"""Certificates of the experiments: an authority, a server and clients on 127.0.0.1."""
+"""Certificates of the experiments: an authority, a server and clients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def make_folders(root: Path, clients: Sequence[str]) -> None:
-    """Makes a folder for the server and for each client, and the file of their numbers."""
+def make_folders(root: Path, clients: Sequence[str], host: str = "127.0.0.1") -> None:
+    """Makes a folder for the server and for each client, and the file of their numbers.
+
+    Args:
+        root: Folder of all.
+        clients: Names of the clients.
+        host: IP address of the server.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    (root / "names").write_text("subjectAltName = IP:127.0.0.1\n")
+    (root / "names").write_text(f"subjectAltName = IP:{host}\n")
     key = "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
     _openssl(root, f"{key} -x509 -days 1 -subj /CN=authority -keyout ca.key -out ca.pem")
     for name in ("server", *clients):

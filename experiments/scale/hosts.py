@@ -65,7 +65,7 @@ def run(*command: str, check: bool = True, **options: Any) -> subprocess.Complet
 
 
 class Hosts:
-    """Network namespaces with a Ray node each.
+    """Network namespaces, with a Ray node each if asked for.
 
     Attributes:
         names: Names of the namespaces.
@@ -84,11 +84,12 @@ class Hosts:
         self._scratch = scratch
 
     @contextlib.contextmanager
-    def up(self, delay: float) -> Iterator[None]:
+    def up(self, delay: float, with_ray: bool = True) -> Iterator[None]:
         """Keeps hosts and cluster up inside the context.
 
         Args:
             delay: Latency of a packet between two hosts in ms.
+            with_ray: True for a Ray node on each host.
         """
         numbers = range(len(self.names))
         with contextlib.ExitStack() as stack:
@@ -104,7 +105,7 @@ class Hosts:
                 self.on(number, "ip", "link", "set", "eth0", "mtu", str(links.MTU))
                 for device in ("lo", "eth0"):
                     self.on(number, "ip", "link", "set", device, "up")
-            for number in numbers:
+            for number in numbers if with_ray else ():
                 self._start_ray(number)
             yield
 

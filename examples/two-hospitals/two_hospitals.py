@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors.numpy import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -69,8 +70,8 @@ RUN_CONFIG = {
 START_SECONDS = 300.0
 """Longest time in which a server must be ready."""
 
-KILL_SECONDS = 8.0
-"""Time from the end of round 1 until a hospital is killed: its process for round 2 is at work by then."""
+KILL_SECONDS = 3.0
+"""Time from the start of a hospital's process for round 2 until the hospital is killed."""
 
 FIRST_USER = 61000
 """Number of the first party's user. The parties after it have the numbers that follow."""
@@ -204,6 +205,14 @@ class Server:
         except subprocess.TimeoutExpired:
             self.kill()
 
+    def is_working_since(self, moment: float) -> bool:
+        """Returns True if a process that plays the client has started after a moment, in seconds since 1970."""
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.create_time() > moment and "flwr-clientapp" in " ".join(process.cmdline()):
+                    return True
+        return False
+
     def kill(self) -> None:
         """Kills the command and all processes that it has started, as a loss of power would."""
         with contextlib.suppress(ProcessLookupError):
@@ -225,6 +234,9 @@ class KillsAHospital:
             self._thread.start()
 
     def _run(self) -> None:
+        end_of_round = time.time()
+        while not self.hospital.is_working_since(end_of_round):
+            time.sleep(0.1)
         time.sleep(KILL_SECONDS)
         print("north loses power, and is started again", flush=True)
         self.hospital.kill()

@@ -82,6 +82,8 @@ ENVIRONMENT = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "HF_HUB_OFFLINE": "1",
+    # Flower's programs start each other by name.
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
 }
 
 
@@ -419,9 +421,11 @@ def main() -> None:
         parser.error("--users: only root can give each party a user of its own")
     if flags.users and not others_can_start():
         parser.error(f"--users: other users cannot start {sys.executable}, or cannot read fedsplit")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that all parties are ended
     given: Path | None = flags.folder
     with tempfile.TemporaryDirectory() as temporary:
         root = (given or Path(temporary)).absolute()
+        root.mkdir(parents=True, exist_ok=True)
         root.chmod(0o711 if flags.users else 0o700)  # other users can pass, and see no names
         played = federate(root, flags.rounds, flags.users, flags.kill)
         simulated = simulate(root, flags.rounds)

@@ -81,7 +81,7 @@ def explained(folder: Path, clients: Sequence[str], days: int) -> list[str]:
         f"certificates for tests, valid for {days} days; the key of their authority is not kept",
         f"  {folder / TRUNK}: to the machine of the trunk, for fedsplit serve --tls; {CLIENTS_FILE} says who is served",
         f"  {folder / SUPERLINK}: to the machine of Flower's SuperLink",
-        f"  {folder / FEDERATION}: to the operator of the federation",
+        f"  {folder / FEDERATION}: to the server, where the loop over rounds runs",
         *(f"  {folder / CLIENTS / name}: to client {number}, {name}" for number, name in enumerate(clients)),
         "a key.pem and a supernode.key are secrets: bring each folder to its party alone",
         "where real data are at stake, let an authority of your own issue certificates with the same names",

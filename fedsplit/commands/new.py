@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import keyword
 import re
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def check(folder: Path) -> None:
 hyphens, such as my-wards
     """
     name = folder.absolute().name
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or keyword.iskeyword(name):
         raise SettingError("project", folder, "a name of small letters, digits and hyphens, such as my-wards")
     module = _module_of(name)
     # Python would import one of the two, and nobody could tell which one.

@@ -211,14 +211,13 @@ def _opening(config: Config, facts: Facts, shares: Plan, partition: Partition) -
     from fedsplit.formatting import counted
     from fedsplit.results import initial
 
-    clients = f"{config.clients} clients in {counted(shares.workers, 'process', 'processes')}"
+    clients = f"{config.clients} clients"
+    if config.data.at != "site":  # processes at sites are the sites' business
+        threads = counted(shares.client_threads, "thread", "threads")
+        clients += f" in {counted(shares.workers, 'process', 'processes')} of {threads}"
     steps = counted(shares.trunk_lanes, "step", "steps")
     use_of_trunk = f"{steps} at a time, {counted(shares.trunk_threads, 'thread', 'threads')} each"
-    use_of_machine = (
-        f"{clients} of {counted(shares.client_threads, 'thread', 'threads')}; "
-        f"trunk: {config.trunk.server or use_of_trunk}; "
-        f"micro-batches: {shares.micro_batches}"
-    )
+    use_of_machine = f"{clients}; trunk: {config.trunk.server or use_of_trunk}; micro-batches: {shares.micro_batches}"
     trunk = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}{_trunks(config.trunk)}"
     learning = f"model {config.model}; trunk: {trunk}; strategy: {config.strategy}"
     if config.lora.method != "lora":

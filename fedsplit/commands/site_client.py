@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -96,11 +97,21 @@ def problems(site: Site, flags: Mapping[str, Any]) -> Iterator[InputError]:
     from fedsplit.corpora.tables import check_dataset
     from fedsplit.settings.documents import build
     from fedsplit.trunk.dialing import check_server
+    from fedsplit.wire.set_layout import is_of_one_party
 
     config = build({**site.settings, "data.at": "site"})
     collector = ErrorCollector()
-    collector.collect([lambda: check_dataset(config.dataset, config.data), lambda: check_server(config)])
+    collector.collect([lambda: check_dataset(config.dataset, config.data)])
+    if config.trunk.tls and not is_of_one_party(Path(config.trunk.tls)):
+        collector.collect([lambda: _refuse_set(config.trunk.tls)])
+    else:
+        collector.collect([lambda: check_server(config)])
     yield from collector.errors
+    if site.folder.exists() and not site.folder.is_dir():
+        yield SettingError("folder", site.folder, "a folder, or a new name")
+    _, colon, port = flags["superlink"].rpartition(":")
+    if not (colon and port.isdecimal() and 0 < int(port) <= 65535):
+        yield SettingError("superlink", flags["superlink"], "HOST:PORT, such as superlink.example:8000")
     for name in ("root_certificates", "key"):
         file: Path | None = flags[name]
         if file is not None and not file.is_file():
@@ -108,6 +119,12 @@ def problems(site: Site, flags: Mapping[str, Any]) -> Iterator[InputError]:
     host = flags["superlink"].rpartition(":")[0].strip("[]")
     if flags["insecure"] and host not in ("127.0.0.1", "::1", "localhost"):
         yield SettingError("superlink", flags["superlink"], "an address of this machine with --insecure")
+
+
+def _refuse_set(folder: str) -> None:
+    """Raises the error for a folder that has no certificate of a client."""
+    allowed = "a folder with the client's ca.pem, cert.pem and key.pem, such as clients/NAME of fedsplit certificates"
+    raise SettingError("trunk.tls", folder, allowed)
 
 
 def supernode(flags: Mapping[str, Any], file: Path) -> list[str]:
@@ -184,7 +201,9 @@ def _play(call: Sequence[str], lock: SiteLock) -> int:
         lock: Lock of the site's folder. The SuperNode holds the lock, too: if this command alone is killed, the folder
             is still taken.
     """
-    with subprocess.Popen(call, pass_fds=(lock.descriptor,)) as process:
+    # Flower's programs start each other by name. They are beside this Python, which need not be on the path.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    with subprocess.Popen(call, pass_fds=(lock.descriptor,), env={**os.environ, "PATH": path}) as process:
         try:
             return process.wait()
         finally:

@@ -77,9 +77,10 @@ def shard_of_site(config: Config, name: str) -> Shard:
     data = replace(config.data, owner=DataSettings().owner)
     reading = reading_of(table, data, path, read_facts(path).end, PartitionSpec("natural"))
     sharder = Sharder(table, reading, config.train.max_length, held_out)
-    shards, lacking, _ = shards_by_owner(sharder)
+    shards, _, _ = shards_by_owner(sharder)
     if not shards:
-        raise too_few_owners(sharder, 1, 0, lacking)
+        allowed = f"a data set with more text, for training and for {config.eval.samples} held-out sequences"
+        raise SettingError("dataset", config.dataset, allowed)
     return shards[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def answer(message: Message, context: Context) -> Message:
         site = _site_at(str(context.node_config[NODE_KEY]))
         request = site.received(records.to_request(message, site.client))
     except (InputError, NotWritten) as error:
+        # The log of the site, too: the answer goes to the operator alone.
+        for each in error.errors if isinstance(error, InputError) else [error]:
+            print("fedsplit:", each, file=sys.stderr, flush=True)
         return Message(records.to_content(failure_of(-1, error)), reply_to=message)
     return _answer(request, message, context)
 

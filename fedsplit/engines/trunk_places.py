@@ -158,7 +158,8 @@ class ServerPlace:
         except (NotTrusted, RefusedByServer, MalformedValue) as error:  # the last one by another version
             raise SettingError("trunk.server", server, f"a server that accepts this run ({error})") from error
         except TrunkLost as lost:
-            raise TrunkLost(f"no trunk answers at {server} ({lost}); fedsplit serve starts one") from lost
+            hint = "" if self._config.trunk.tls else "; a server with certificates needs --trunk.tls"
+            raise TrunkLost(f"no trunk answers at {server} ({lost}); fedsplit serve starts one{hint}") from lost
         _check_begun(begun, server)
         self._has_begun = True
         last_dial = dial_of(self._config, _LAST_SECONDS)

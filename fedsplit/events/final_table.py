@@ -66,7 +66,9 @@ def next_commands(summary: Mapping[str, Any], folder: str) -> list[str]:
         "fedsplit report 'runs/a b'"
     """
     run = shlex.quote(folder)
-    commands = [f"fedsplit evaluate --run {run}", f"fedsplit report {run}"]
+    commands = [f"fedsplit report {run}"]
+    if not summary.get("at_sites"):  # then the held-out text is not here
+        commands.insert(0, f"fedsplit evaluate --run {run}")
     if not summary.get("accuracy"):  # a classifier writes no text
         commands.insert(0, f'fedsplit generate --run {run} --prompt "…"')
     return commands

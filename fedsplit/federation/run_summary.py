@@ -47,6 +47,7 @@ def summarise(
         "schedule": config.trunk.schedule,
         "cut": config.cut,
         **({"unproved": True} if config.unproved else {}),
+        **({"at_sites": True} if config.data.at == "site" else {}),
         "parameters": dict(parameters),
         "eval_loss": {"before": state.before, "after": state.after},
         "eval_round": state.measured,

@@ -64,6 +64,9 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
 
     Returns:
         Mean loss over all predicted tokens, or sequences, in nats.
+
+    Raises:
+        InputError: The clients' text is at sites of their own; or the run's objective needs another model.
     """
     # Imported in the functions of this module, so that a command's `--help` and checks answer without torch.
     from fedsplit.model.facts import read_facts, read_pad
@@ -90,7 +93,14 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
 
 
 def _held_out(config: Config, samples: int) -> Texts:
-    """Returns each client's held-out text, in the same batches as in the run's evaluations."""
+    """Returns each client's held-out text, in the same batches as in the run's evaluations.
+
+    Raises:
+        SettingError: The text is at the clients' sites. What the settings name here is another data set.
+    """
+    if config.data.at == "site":
+        allowed = "another data set, since the run's held-out text is at its sites; summary.json has the losses"
+        raise SettingError("dataset", "the run's own", allowed)
     from fedsplit.client.heldout import held_out_batches
     from fedsplit.corpora.partition import shards_of
 

@@ -57,7 +57,8 @@ def locked(folder: Path) -> Iterator[SiteLock]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            allowed = f"a folder in which no other client is at work; process {file.read().strip()} holds the folder"
+            holder = file.read().strip()
+            allowed = f"a folder in which no other client is at work; process {holder} or its SuperNode is"
             raise SettingError("folder", folder, allowed) from None
         lock = SiteLock(file.fileno(), was_killed=bool(file.read()))
         file.seek(0)

@@ -64,6 +64,8 @@ def check_server(config: Config) -> None:
     if not trunk.server:
         return
     try:
+        if not trunk.token_file:
+            raise InputError("no file was named")
         read_token(Path(trunk.token_file))
     except InputError as error:
         allowed = f"the file with the token that fedsplit serve has written ({error})"

@@ -39,8 +39,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     class Ended:
         returncode = 7
 
-        def __init__(self, call: list[str], pass_fds: tuple[int, ...]) -> None:
+        def __init__(self, call: list[str], pass_fds: tuple[int, ...], env: dict[str, str]) -> None:
             calls.append(call)
+            assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)  # Flower starts more by name
 
         def __enter__(self) -> Ended:
             return self
@@ -129,7 +130,9 @@ def test_flags_take_precedence_over_the_file(words: list[str], started: list[lis
         (["--server", "nowhere"], "trunk.server: nowhere is not possible"),
         (["--server", "trunk.example:1"], "trunk.server: trunk.example:1 is not possible; allowed: an address of this"),
         (["--token-file", "absent"], "trunk.token_file: absent is not possible"),
-        (["--tls", "absent"], "trunk.tls: absent is not possible"),
+        (["--tls", "absent"], "trunk.tls: absent is not possible; allowed: a folder with the client's ca.pem"),
+        (["--superlink", "nonsense"], "superlink: nonsense is not possible; allowed: HOST:PORT"),
+        (["--folder", "/dev/null"], "folder: /dev/null is not possible; allowed: a folder"),
         (
             ["--superlink", "hospital.example:9"],
             "superlink: hospital.example:9 is not possible; allowed: an address of",

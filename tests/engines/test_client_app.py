@@ -54,7 +54,7 @@ def test_every_kind_of_request_reaches_the_service_as_the_client_of_the_node(
 
 
 def test_the_client_of_a_site_answers_by_the_sites_own_settings(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service = Service(Reply(2, {"loss": 2.5}))
     monkeypatch.setattr(client_app, "service", service)
@@ -76,6 +76,8 @@ def test_the_client_of_a_site_answers_by_the_sites_own_settings(
     context.node_config[NODE_KEY] = str(tmp_path / "absent.toml")
     refused = records.to_answer(client_app.app(message, context), 2)
     assert isinstance(refused, Failure) and "absent.toml is not possible" in refused.reason
+    (line,) = capsys.readouterr().err.splitlines()  # the log of the site, which sees no answer
+    assert line.startswith("fedsplit: ") and "absent.toml is not possible" in line
 
 
 def test_a_failure_goes_back_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,8 @@ def test_a_word_is_explained_where_the_table_has_it() -> None:
 
 def test_a_classifier_is_not_asked_for_text() -> None:
     assert [command.split()[1] for command in next_commands(SUMMARY, "runs/x")] == ["generate", "evaluate", "report"]
+    of_sites = {**SUMMARY, "at_sites": True}
+    assert [command.split()[1] for command in next_commands(of_sites, "runs/x")] == ["generate", "report"]
     classifier = {**SUMMARY, "accuracy": {"before": 0.5, "after": 0.75}}
     assert [command.split()[1] for command in next_commands(classifier, "runs/x")] == ["evaluate", "report"]
 

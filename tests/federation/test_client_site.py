@@ -134,7 +134,7 @@ def test_no_server_chooses_a_path_at_a_site(site: Site, store: str) -> None:
 
 def test_data_that_cannot_be_used_are_told_in_one_line(site: Site, tmp_path: Path) -> None:
     (tmp_path / "ann.jsonl").write_text('{"text": "short"}\n')
-    with pytest.raises(SettingError, match=r"^clients: 1 is not possible"):
+    with pytest.raises(SettingError, match=r"^dataset: .* is not possible; allowed: a data set with more text"):
         site.received(asked(RUN))
 
 

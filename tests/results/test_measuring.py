@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fedsplit import scores
 from fedsplit.corpora.synthetic import TOPICS
+from fedsplit.errors import SettingError
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results import measuring
 from fedsplit.results.finished import open_run
@@ -143,3 +144,19 @@ def test_what_is_measured_is_told(finished_run: Callable[..., Path]) -> None:
     measuring.evaluate(open_run(finished_run("gpt2", "fedavg")), tell=lambda *now: told.append(now))
     assert [(done, of) for _, done, of in told] == [(number, 6) for number in range(6)]
     assert told[0][0].startswith("base model, text of ") and told[-1][0].startswith("with the adapter, text of ")
+
+
+def test_the_text_of_a_run_of_sites_is_not_taken_from_the_data_set_that_the_server_would_have(
+    finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its settings name the default data set, which no client has seen."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run("llama", "fedavg"), run)
+    settings = (run / "config.toml").read_text()
+    assert 'at = "driver"' in settings
+    (run / "config.toml").write_text(settings.replace('at = "driver"', 'at = "site"'))
+    with pytest.raises(SettingError, match="held-out text is at its sites"):
+        measuring.evaluate(open_run(run))
+    with pytest.raises(SettingError, match="held-out text is at its sites"):
+        measuring.held_out_loss(torch.nn.Linear(1, 1), run)
+    assert measuring.evaluate(open_run(run), dataset="synthetic")

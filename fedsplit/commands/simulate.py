@@ -59,7 +59,9 @@ def run(
     started = time.perf_counter()
     # Again, for callers from Python: an unprepared Ray would listen on all interfaces, and ask for no token.
     prepare(config.ray.address)
+    from fedsplit.durable import writing
     from fedsplit.federation.resumption import how_to_go_on
+    from fedsplit.state.run_lock import lock
 
     # A run that is stopped during the checks has no folder yet, unless the run goes on in an older folder.
     resumed = Path(config.resume) if config.resume else None
@@ -67,6 +69,10 @@ def run(
         raise SettingError("data.at", "site", "driver | shared | label; with flwr run, each client may be a site")
     with advised(lambda: how_to_go_on(resumed)):
         folder, strategy, partition = check(config, objects, read)
+    if resumed is not None:
+        # Before an engine starts: a trunk's server would take the trunk from the command that is at work in the folder.
+        with writing(resumed):
+            lock(resumed).close()
     config = replace(with_format(config, partition.format), out=str(folder))
     objects = replace(objects, strategy=strategy)  # from here on, a strategy by name is an object, too
 

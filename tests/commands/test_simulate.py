@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,25 @@ def test_an_error_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "fedsplit: ZeroDivisionError: no luck; --debug shows more\n"
     assert simulate.main(["--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_no_engine_starts_for_a_run_that_is_at_work(
+    finished_run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A trunk's server would take the trunk from the command that is at work, since both have the run's folder."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run("llama", "fedavg"), run)
+    monkeypatch.setattr("fedsplit.engines.session.engine_named", lambda name: pytest.fail("an engine was started"))
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    call = [sys.executable, "-c", hold, str(run / "checkpoints" / ".lock")]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        assert simulate.main(["--resume", str(run), "--rounds", "9"]) == 2
+        other.kill()
+    assert "allowed: the folder of a run that is not at work any more" in capsys.readouterr().err
 
 
 def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:

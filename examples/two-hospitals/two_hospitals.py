@@ -222,33 +222,52 @@ class Server:
         self._process.wait()
 
 
-class KillsAHospital:
-    """Kills a hospital in the middle of round 2, and starts the hospital again."""
+class PowerCut:
+    """Kills a hospital in the middle of round 2, and starts the hospital again.
 
-    def __init__(self, hospital: Server, start: Callable[[], Server]) -> None:
-        self.hospital = hospital
+    Attributes:
+        has_come: True once the hospital was killed.
+    """
+
+    def __init__(self, hospital: Server, start: Callable[[], Server], metrics: Path) -> None:
+        """Takes the hospital.
+
+        Args:
+            hospital: The running command.
+            start: Starts the command again.
+            metrics: The run's file of events.
+        """
+        self.has_come = False
+        self._hospital = hospital
         self._start = start
+        self._metrics = metrics
+        self._run_is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
-    def see(self, line: str) -> None:
-        """Waits for the end of round 1."""
-        if line.startswith("round 1/"):
-            self._thread.start()
+    def begin(self) -> None:
+        """Waits for round 2 in a thread of its own."""
+        self._thread.start()
 
     def _run(self) -> None:
+        while not (self._metrics.exists() and '"event": "cost", "round": 1' in self._metrics.read_text()):
+            if self._run_is_over.wait(0.1):
+                return
         end_of_round = time.time()
-        while not self.hospital.is_working_since(end_of_round):
-            time.sleep(0.1)
+        while not self._hospital.is_working_since(end_of_round):
+            if self._run_is_over.wait(0.1):
+                return
         time.sleep(KILL_SECONDS)
         print("north loses power, and is started again", flush=True)
-        self.hospital.kill()
-        self.hospital = self._start()
+        self._hospital.kill()
+        self.has_come = True
+        self._hospital = self._start()
 
     def end(self) -> None:
         """Ends the hospital."""
+        self._run_is_over.set()
         if self._thread.is_alive():
             self._thread.join()
-        self.hospital.end()
+        self._hospital.end()
 
 
 def holdings(party: Party) -> str:
@@ -342,8 +361,10 @@ def federate(root: Path, rounds: int, with_users: bool, with_kill: bool) -> Path
 
         north, south = sites
         running.callback(start(south).end)
-        outage = KillsAHospital(start(north), lambda: start(north))
-        running.callback(outage.end)
+        cut = PowerCut(start(north), lambda: start(north), server.folder / "run" / "metrics.jsonl")
+        running.callback(cut.end)
+        if with_kill:
+            cut.begin()
 
         # 5. The operator starts the run. The loop over rounds runs beside the SuperLink.
         place = server.folder
@@ -369,12 +390,12 @@ def federate(root: Path, rounds: int, with_users: bool, with_kill: bool) -> Path
         def seen(line: str) -> None:
             if line.startswith(("round", *HOSPITALS, "held-out loss")):
                 print(line, end="", flush=True)
-            if with_kill:
-                outage.see(line)
 
         shown = operator.do(["flwr", "run", REPOSITORY, "ours", "--stream", "--run-config", settings], seen)
         if not (place / "run" / "summary.json").exists():
             raise SystemExit(shown)
+        if with_kill and not cut.has_come:
+            raise SystemExit("north was not killed: the run was over before")
         print("what each party holds:")
         for party in parties.values():
             print(f"  {party.name + ':':<10} {holdings(party)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ WORKER, TRUNK = "ray::ClientWorker", "ray::TrunkActor"
 
 FLOWERS_WORKER = "ray::ClientAppActor"
 
+SECONDS = 120.0
+"""Longest wait for a process."""
+
 
 class Watched(WatchedRun):
     """The command, whose processes a test kills or stops as its lines are shown."""
@@ -37,15 +41,19 @@ class Watched(WatchedRun):
 
     def processes(self, name: str) -> list[psutil.Process]:
         """Returns the processes of the run whose command line begins so, once there is one."""
-        while self.poll() is None:
+        until = time.monotonic() + SECONDS
+        lines: dict[int, str] = {}
+        while self.poll() is None and time.monotonic() < until:
             found = []
             for process in psutil.Process(self.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if " ".join(process.cmdline()).startswith(name):
+                    lines[process.pid] = " ".join(process.cmdline())
+                    if lines[process.pid].startswith(name):
                         found.append(process)
             if found:
                 return found
-        raise AssertionError(f"the command has ended:\n{self.shown}")
+            time.sleep(0.01)
+        raise AssertionError(f"the command has ended, or has no process {name}: {lines}\n{self.shown}")
 
     def end(self, seconds: float | None = 400) -> tuple[int, str]:
         """Waits for the end, but not for ever."""

@@ -102,11 +102,14 @@ def problems(site: Site, flags: Mapping[str, Any]) -> Iterator[InputError]:
     config = build({**site.settings, "data.at": "site"})
     collector = ErrorCollector()
     collector.collect([lambda: check_dataset(config.dataset, config.data)])
-    if config.trunk.tls and not is_of_one_party(Path(config.trunk.tls)):
-        collector.collect([lambda: _refuse_set(config.trunk.tls)])
-    else:
+    is_no_party = bool(config.trunk.tls) and not is_of_one_party(Path(config.trunk.tls))
+    if not is_no_party:
         collector.collect([lambda: check_server(config)])
     yield from collector.errors
+    if is_no_party:
+        files = "ca.pem, cert.pem and key.pem"
+        allowed = f"a folder with the client's {files}, such as clients/NAME of fedsplit certificates"
+        yield SettingError("trunk.tls", config.trunk.tls, allowed)
     if site.folder.exists() and not site.folder.is_dir():
         yield SettingError("folder", site.folder, "a folder, or a new name")
     _, colon, port = flags["superlink"].rpartition(":")
@@ -119,12 +122,6 @@ def problems(site: Site, flags: Mapping[str, Any]) -> Iterator[InputError]:
     host = flags["superlink"].rpartition(":")[0].strip("[]")
     if flags["insecure"] and host not in ("127.0.0.1", "::1", "localhost"):
         yield SettingError("superlink", flags["superlink"], "an address of this machine with --insecure")
-
-
-def _refuse_set(folder: str) -> None:
-    """Raises the error for a folder that has no certificate of a client."""
-    allowed = "a folder with the client's ca.pem, cert.pem and key.pem, such as clients/NAME of fedsplit certificates"
-    raise SettingError("trunk.tls", folder, allowed)
 
 
 def supernode(flags: Mapping[str, Any], file: Path) -> list[str]:

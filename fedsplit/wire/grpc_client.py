@@ -289,7 +289,7 @@ class GrpcClient:
             finally:
                 sending.cancel()
             # The reply is here. An error now must not have the request repeated, which the server may have forgotten.
-            with contextlib.suppress(*BROKEN, Refused), telling_cancellations_apart():
+            with contextlib.suppress(*BROKEN, Refused, TrunkLost), telling_cancellations_apart():
                 await call.grpc.done_writing()  # the server need not keep the reply
                 await stream.receive()
             return reply

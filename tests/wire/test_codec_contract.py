@@ -57,6 +57,8 @@ CONTRACTS: dict[str, Bound] = {
     "int8s": grouped(UP * 1.0001 / 127),
     "int4": grouped(UP * 0.5001 / 7),
     "int4s": grouped(UP * 1.0001 / 7),
+    "integers:1": grouped(UP * 0.5001),
+    "integers:3": grouped(UP * 0.5001 / 3),
     "nf4": grouped(UP * 0.1520),
     "mxfp8": grouped(2**-3, 32),
     "mxfp4": grouped(2**-2, 32),
@@ -68,6 +70,7 @@ CONTRACTS: dict[str, Bound] = {
     "topk:0.2,int8,zstd": whole,
     "lowrank:3,bf16": whole,
     "delta:0.05,int4s,zstd": grouped(UP * 1.0001 / 7),
+    "delta:0.05,integers:2,zstd": grouped(UP * 0.5001 / 2),
     "delta,topk:0.5,int8": whole,
     "delta,lowrank:2,int8,zstd": whole,
 }

@@ -29,6 +29,13 @@ def test_int4_puts_two_numbers_into_a_byte() -> None:
     assert packed(torch.tensor([], dtype=torch.uint8)).tolist() == []
 
 
+def test_few_integers_are_the_digits_of_a_byte() -> None:
+    """Digits are the whole numbers and 1, the first one the lowest: 2, 0, 1, 1 and 2 in the base 3; then 1 alone."""
+    encoded = make_codec("integers:1").encode(torch.tensor([4.0, -3.9, 0.1, -1.9, 2.1, 0.0]), ROLE)
+    assert encoded.array("codes").tolist() == [2 + 1 * 9 + 1 * 27 + 2 * 81, 1]
+    assert make_codec("integers:1").decode(encoded, ROLE).tolist() == [4.0, -4.0, 0.0, 0.0, 4.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("chain", "bits"),
     [
@@ -41,6 +48,9 @@ def test_int4_puts_two_numbers_into_a_byte() -> None:
         ("int8s", 8.25),
         ("int4", 4.25),
         ("int4s", 4.25),
+        ("integers:1", 8 * -(-16 * 256 // 5) / (16 * 256) + 0.25),
+        ("integers:2", 8 * -(-16 * 256 // 3) / (16 * 256) + 0.25),
+        ("integers:3", 4.25),
         ("nf4", 4.25),
         ("mxfp8", 8.25),
         ("mxfp4", 4.25),

@@ -105,6 +105,7 @@ class FlowerClients:
         self.nodes: list[ClientNode] = []
         self._stop = stop
         self._stalls = stalls
+        self._workers = workers
         self._most = max(LEAST_UNDER_WAY, UNDER_WAY_EACH * workers)
         self._numbers: dict[int, int] = {}  # client by node
         self._waiting: dict[str, int] = {}  # node by id of a message without a reply
@@ -198,10 +199,7 @@ class FlowerClients:
         self._stalls.heard()
         while until is None or time.monotonic() < until:
             self._look()
-            room = self._most - len(self._waiting) - self._away.count
-            more = self._away.take(list(itertools.islice(left, room)))
-            if more:
-                self._push(more)
+            self._send(left)
             if not self._waiting and not self._away.count:
                 return
             for reply in self.grid.pull_messages(self._waiting) if self._waiting else ():
@@ -210,6 +208,18 @@ class FlowerClients:
                 yield asked if reply.has_error() else reply.metadata.src_node_id, reply
             if self._waiting or self._away.count:
                 self._pause(until)
+
+    def _send(self, messages: Iterator[Message]) -> None:
+        """Sends as many messages as there is room for, and those that have waited for a node."""
+        room = self._most - len(self._waiting) - self._away.count
+        while True:
+            # As many as there are processes, so that these begin while further messages are made.
+            new = list(itertools.islice(messages, min(room, self._workers)))
+            if ready := self._away.take(new):
+                self._push(ready)
+            room -= len(new)
+            if not new:
+                return
 
     def _push(self, messages: Sequence[Message]) -> None:
         """Sends messages.

@@ -108,6 +108,11 @@ class _Delivery:
         """Ray's id of the only node that may play the client; empty if all may."""
         return "" if self.carrier is None else self.carrier.home.get(self.client, "")
 
+    @property
+    def can_be_early(self) -> bool:
+        """Returns True if the client needs no files: which of them a place lacks is known only after other work."""
+        return self.carrier is None
+
     def suits(self, place: Place) -> bool:
         """Returns True if a client belongs to the node, which has the client's files or will get them."""
         return self.wanted in ("", place.node)

@@ -65,6 +65,11 @@ class Work(Protocol):
         """Ray's id of the only node on which the work can be done; empty if it can be done anywhere."""
         ...
 
+    @property
+    def can_be_early(self) -> bool:
+        """Returns True if the arguments may be made while the worker does the work before."""
+        ...
+
     def suits(self, place: Place) -> bool:
         """Returns True if a place suits the work best, such as a node that has the client's files."""
         ...
@@ -104,6 +109,41 @@ class ClientWorker:
         return self._play(*arguments)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of an actor.
+
+    Attributes:
+        work: The work.
+        actor: The actor.
+        place: Place of the actor.
+        reply: Ray's reference to the result; the error where the arguments could not be made.
+    """
+
+    work: Work
+    actor: Any
+    place: Place
+    reply: Any
+
+    @classmethod
+    def of(cls, work: Work, actor: Any, place: Place) -> _Call:
+        """Calls an actor."""
+        try:
+            return cls(work, actor, place, actor.play.remote(*work.arguments(place)))
+        except Exception as error:  # noqa: BLE001  # of the work, and told to whoever gave it
+            return cls(work, actor, place, error)
+
+    def result(self) -> Any:
+        """Waits for the result.
+
+        Raises:
+            Exception: An error of the work, or of Ray.
+        """
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return ray.get(self.reply)
+
+
 class _Worker(threading.Thread):
     """Hands work to one actor, and starts another actor where the first one dies.
 
@@ -118,12 +158,16 @@ class _Worker(threading.Thread):
         self._guard = threading.Lock()  # this thread replaces the actor, and others kill it
         self._actor: Any = start()
         self._failed_starts = 0
+        self._next: _Call | None = None
         self.place: Place | None = None
         self.is_busy = False
 
     def run(self) -> None:
         """Does work until the pool closes."""
-        while not self._pool.is_closed:
+        while self._next is not None or not self._pool.is_closed:
+            if self._next is not None:
+                self._do(self._next)
+                continue
             # Work is taken by an actor that has its place: one that waits for room in the cluster holds up nobody.
             reason = self._settle()
             if reason and self._failed_starts < _MOST_FAILED_STARTS:
@@ -135,7 +179,7 @@ class _Worker(threading.Thread):
             with self._guard:
                 actor, place = self._actor, self.place
             if actor is not None and place is not None:
-                self._do(work, actor, place)
+                self._do(_Call.of(work, actor, place))
             elif self._failed_starts:
                 words = f"a client's process ended as it started, {_MOST_FAILED_STARTS} times: {reason}"
                 work.done(Place("", 0), NoWorkers(words))
@@ -174,19 +218,28 @@ class _Worker(threading.Thread):
         with self._guard:
             return self._actor is not actor
 
-    def _do(self, work: Work, actor: Any, place: Place) -> None:
-        """Does a piece of work, and hands on the result or the error."""
+    def _do(self, call: _Call) -> None:
+        """Waits for the result of a call, and hands on the result or the error.
+
+        The actor gets its next call before, so that it need not wait until this thread has dealt with the result.
+        """
         self.is_busy = True
+        early = self._pool.take_early(call.place, self.node)
+        self._next = None if early is None else _Call.of(early, call.actor, call.place)
+        result: Any
         try:
-            result = ray.get(actor.play.remote(*work.arguments(place)))
+            result = call.result()
         except ray.exceptions.RayActorError as error:
             result = WorkerLost(first_line(error))
-            if not self._is_given_up(actor):  # else `_present` starts another one when there is room
+            if not self._is_given_up(call.actor):  # else `_present` starts another one when there is room
                 self._replace()
+            if early is not None:
+                self._pool.put_back(early)  # not begun: an actor does its calls in order
+            self._next = None
         except Exception as error:  # noqa: BLE001  # of the work, and told to whoever gave it
             result = error
         self.is_busy = False
-        work.done(place, result)
+        call.work.done(call.place, result)
 
     def _replace(self) -> None:
         """Replaces a dead actor. Does nothing after the end of the pool."""
@@ -341,6 +394,31 @@ class WorkerPool:
                 best = next((work for work in choice if work.suits(place)), choice[0])
             self._waiting.remove(best)
             return best
+
+    def take_early(self, place: Place, node: str) -> Work | None:
+        """Returns a piece of work for after the running work, or None.
+
+        Work for each of the workers stays in the queue, so that none is idle while another has work for later. So the
+        last pieces of work go to whoever is free first.
+
+        Args:
+            place: Place of the worker.
+            node: Ray's id of the node, if chosen by the run; empty if chosen by Ray.
+        """
+        with self._changed:
+            if self.is_closed or self._keeps_room or len(self._waiting) <= len(self._workers):
+                return None
+            fitting = (work for work in self._possible({"", node or place.node}) if work.can_be_early)
+            early = next((work for work in fitting if work.suits(place)), None)
+            if early is not None:
+                self._waiting.remove(early)
+            return early
+
+    def put_back(self, work: Work) -> None:
+        """Puts work that was not begun back to the head of the queue."""
+        with self._changed:
+            self._waiting.appendleft(work)
+            self._changed.notify_all()
 
     def _possible(self, nodes: Collection[str]) -> list[Work]:
         """Returns the next pieces of work that can be done on some nodes."""

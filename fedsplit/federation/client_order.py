@@ -7,13 +7,27 @@ from collections.abc import Callable, Iterable
 
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.config import Config
-from fedsplit.trunk.schedules import is_deterministic
+from fedsplit.settings.sections import TrunkSettings
+from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
 
 
 def takes_turns(config: Config) -> bool:
     """Returns True if the order of steps must be fixed, since the result depends on the order."""
     trunk = config.trunk
     return config.deterministic and not is_deterministic(trunk.schedule, trunk.every)
+
+
+def others_wait(trunk: TrunkSettings) -> bool:
+    """Returns True if the steps of some clients may wait for a client that has not left the round.
+
+    Otherwise a client need not tell the trunk that it leaves: the end of the round does.
+
+    Example:
+        >>> others_wait(TrunkSettings(schedule="batched")), others_wait(TrunkSettings(schedule="shared"))
+        (True, False)
+    """
+    schedule = SCHEDULES[trunk.schedule]
+    return schedule.gathers or schedule.sums or trunk.sync == "step"
 
 
 def groups_of(

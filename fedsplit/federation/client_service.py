@@ -27,6 +27,7 @@ from fedsplit.corpora.shards import Shard, read_shard
 from fedsplit.durable import NotWritten
 from fedsplit.federation import messages
 from fedsplit.federation.adapter_codec import AdapterCodec
+from fedsplit.federation.client_order import others_wait
 from fedsplit.federation.introductions import Introduction, introduce
 from fedsplit.federation.messages import (
     Answer,
@@ -396,7 +397,7 @@ def _train_locally(
     codec = copy_of_state(client.link.codec.state().get(client.number, {}))
 
     # Under --deterministic the others wait until this client has measured, or its score would depend on their steps.
-    if not config.deterministic:
+    if not config.deterministic and others_wait(config.trunk):
         client.link.leave(client.number)
     batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size, client.demands.rows)
     chosen = sample(batches, config.eval.after, config.train.batch_size)

@@ -48,6 +48,8 @@ def pool(_ray: None) -> Iterator[Callable[[Callable[[], Any]], WorkerPool]]:
 class Task:
     """Work whose argument is a word; remembers where it was done."""
 
+    can_be_early = True
+
     def __init__(self, word: Any, arrived: queue.SimpleQueue[Any], home: str = "") -> None:
         self._word = word
         self.home = home
@@ -83,6 +85,7 @@ def obedient() -> Callable[[Any], Any]:
             case "pid":
                 return os.getpid()
             case "die":
+                time.sleep(0.2)  # Ray sends the result of the work before while this work runs
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -101,6 +104,60 @@ def test_all_work_is_done_by_all_workers(pool: Any) -> None:
     made.wait_for_places(2, 60)
     assert sorted(results(made, *range(20))) == list(range(20))
     assert len(set(results(made, *["rest"] * 8))) == 2
+
+
+class Noted(Task):
+    """Work that notes when its arguments are made, and when its result comes."""
+
+    def __init__(self, word: Any, notes: list[str], can_be_early: bool) -> None:
+        self.arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        super().__init__(word, self.arrivals)
+        self.can_be_early = can_be_early
+        self._notes = notes
+
+    def arguments(self, place: Place) -> tuple[Any, ...]:
+        self._notes.append(f"{self._word} begins")
+        return super().arguments(place)
+
+    def done(self, place: Place, result: Any) -> None:
+        self._notes.append(f"{self._word} ends")
+        super().done(place, result)
+
+
+@pytest.mark.parametrize(
+    ("can_be_early", "expected"),
+    [
+        (True, ["rest begins", "b begins", "rest ends", "b ends", "c begins", "c ends"]),
+        (False, ["rest begins", "rest ends", "b begins", "b ends", "c begins", "c ends"]),
+    ],
+)
+def test_a_busy_worker_gets_its_next_work_early_if_the_work_allows_it(
+    can_be_early: bool, expected: list[str], pool: Any
+) -> None:
+    made = pool(obedient, 1)
+    list(results(made, "pid"))
+    notes: list[str] = []
+    tasks = [Noted(word, notes, can_be_early) for word in ("rest", "b", "c")]
+    with made._changed:  # the worker sees all at once
+        for task in tasks:
+            made.submit(task)
+    for task in tasks:
+        task.arrivals.get(timeout=60)
+    assert notes == expected
+
+
+def test_no_worker_takes_early_what_another_could_begin(pool: Any) -> None:
+    """Three pieces of work for two workers: the third goes to the worker that is free first."""
+    made = pool(obedient)
+    made.wait_for_places(2, 60)
+    notes: list[str] = []
+    tasks = [Noted(word, notes, True) for word in ("rest", "rest", "c")]
+    with made._changed:
+        for task in tasks:
+            made.submit(task)
+    for task in tasks:
+        task.arrivals.get(timeout=60)
+    assert notes.index("c begins") > notes.index("rest ends")
 
 
 def test_a_worker_that_dies_is_replaced_and_its_work_told_lost(pool: Any) -> None:

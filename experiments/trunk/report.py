@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speed.report import conditions, middle, number, table, write_between
+from experiments.strategies.report import origin
 
 HERE = Path(__file__).parent
 Record = Mapping[str, Any]
@@ -84,12 +85,11 @@ def _schedule_row(own: Sequence[Record], aims: Mapping[int, float]) -> list[str]
         _reaches(own, aims, "tokens"),
         _exact([_forgotten(r["rounds"][-1:]) for r in own], "+.4f"),
         _exact([_forgotten(r["rounds"]) for r in own], "+.4f"),
-        f"{statistics.median(r['others'] for r in own):.0%}",
     ]
 
 
 def schedules_text(result: Mapping[str, Any]) -> str:
-    """The tables of `schedules.py`."""
+    """The tables of the study `schedules.toml`."""
     records = result["records"]
     names, aims = list(dict.fromkeys(r["schedule"] for r in records)), targets(records)
     by_name = {name: [r for r in records if r["schedule"] == name] for name in names}
@@ -102,14 +102,11 @@ def schedules_text(result: Mapping[str, Any]) -> str:
         "tokens to equal loss",
         "forgotten, last round",
         "forgotten, all rounds",
-        "others",
     ]
     goals = ", ".join(f"{target:.4f} (seed {seed})" for seed, target in sorted(aims.items()))
-    lines = [conditions(result["machine"]), ""]
-    if result["extra"]:
-        lines += [f"Other than the defaults: `{' '.join(result['extra'])}`.", ""]
+    lines = [origin(result), ""]
     lines += [f"Targets: {goals}.", "", *table(head, [_schedule_row(own, aims) for own in by_name.values()]), ""]
-    rounds = range(result["rounds"] + 1)
+    rounds = range(len(records[0]["rounds"]))
     lines += ["**Held-out loss by round**, mean over the seeds, and in brackets the training seconds until then", ""]
     rows = []
     for name, own in by_name.items():

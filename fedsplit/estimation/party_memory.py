@@ -24,8 +24,11 @@ This constant and the next two are from measurements on Linux; `experiments/esti
 TRUNK_LIBRARIES = 468_000_000
 """Resident memory of the trunk's process with its libraries, and a model without weights."""
 
-ALLOCATOR = 1.3
-"""Resident memory of a step as a multiple of the memory of its tensors: glibc keeps pages of tensors that are freed."""
+ALLOCATOR = 1.2
+"""Resident memory of a step as a multiple of the memory of its tensors: glibc keeps pages of tensors that are freed.
+
+In measurements the factor was 1.1 to 1.6, and nearer to 1 for large steps, whose tensors glibc gives back.
+"""
 
 _COPIES = 3
 """Tensors as large as the adapters beside parameters, gradients and moments: those of the start, of the round's

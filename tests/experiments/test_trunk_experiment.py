@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedsplit.studies.study import read_study
 from fedsplit.trunk.schedules import SCHEDULES
 
 EXPERIMENT = Path("experiments/trunk")
+STUDY = {"host": {"cores": 2}, "versions": {"python": "3"}, "runs": []}
 MACHINE = {"cpu": "a", "cores": 2, "memory": 2**30, "date": "today", "commit": "c", "versions": {"python": "3"}}
 
 
@@ -24,7 +26,7 @@ def measured(schedule: str, losses: list[float], trunk: int = 1) -> dict:
     for round, loss in enumerate(losses[1:], 1):
         trained = {"tokens": 100, "seconds": 10.0, "loss": loss, "trunk": {"steps": 4}}
         rounds.append({"round": round, "held_out": loss, "forgotten": {"x": 0.1, "y": 0.3}, **trained})
-    return {"schedule": schedule, "seed": 0, "trains": {"trunk": trunk}, "rounds": rounds, "others": 0.0}
+    return {"schedule": schedule, "seed": 0, "trains": {"trunk": trunk}, "rounds": rounds}
 
 
 def test_time_to_equal_loss_is_to_the_worst_of_those_that_learn() -> None:
@@ -34,8 +36,8 @@ def test_time_to_equal_loss_is_to_the_worst_of_those_that_learn() -> None:
     assert report.reached(report.curve(records[1], "tokens"), 3) == 200.0
     assert report.reached(report.curve(records[2], "seconds"), 3) is None
     assert report.reached([(0, 2.0), (1, 1.0)], 3) == 0
-    text = report.schedules_text({"machine": MACHINE, "extra": [], "rounds": 2, "records": records})
-    assert "| fast | 10 | 8 | 1.0000 | 5 | 50 | +0.2000 | +0.2000 | 0% |" in text
+    text = report.schedules_text({**STUDY, "records": records})
+    assert "| fast | 10 | 8 | 1.0000 | 5 | 50 | +0.2000 | +0.2000 |" in text
     assert "| frozen | 10 | 8 | 3.8000 | not reached | not reached |" in text
 
 
@@ -81,18 +83,29 @@ def test_scale_is_told_by_client() -> None:
 
 
 def test_every_schedule_is_measured_and_every_flag_is_known() -> None:
-    measured = {parse(flags.split()).trunk.schedule for flags in schedules.SCHEDULES.values()}
-    assert measured == set(SCHEDULES)
+    study = read_study(EXPERIMENT / "schedules.toml", DEFAULTS)
+    assert {run.draft.checked().trunk.schedule for run in study.runs} == set(SCHEDULES)
     assert parse(scale.FLAGS).train.steps == 2
 
 
-def test_the_study_file_has_the_runs_of_the_script() -> None:
-    study = read_study(EXPERIMENT / "schedules.toml", DEFAULTS)
-    assert not study.errors and study.baseline
-    assert {run.label for run in study.runs} == schedules.SCHEDULES.keys()
-    for run in study.runs:
-        flags = [*schedules.SCHEDULES[run.label].split(), "--seed", str(run.seed), "--report", "false"]
-        assert run.draft.checked() == parse(flags)
+def test_the_rounds_of_a_study_are_collected_from_its_runs(tmp_path: Path) -> None:
+    run = {"name": "shared-seed-0", "label": "shared", "seed": 0}
+    (tmp_path / "comparison.json").write_text(json.dumps({"comparison": [], "runs": [run]}))
+    folder = tmp_path / "runs" / run["name"]
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({"parameters": {"trunk": {"trainable": 8, "total": 9}}}))
+    trained = {"event": "train", "round": 1, "tokens": 4, "seconds": 2.0, "loss": 3.0, "trunk": {"steps": 1}}
+    events: list[dict] = [
+        {"event": "evaluate", "round": 0, "loss": 5.0, "forgotten": {}},
+        {**trained, "clients": 2},
+        {"event": "evaluate", "round": 1, "loss": 4.0, "forgotten": {"x": 0.5}},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (record,) = schedules.collected(tmp_path)["records"]
+    assert record["schedule"] == "shared" and record["trains"] == {"trunk": 8}
+    del trained["event"]
+    expected = [{"round": 0, "held_out": 5.0, "forgotten": {}}, {**trained, "held_out": 4.0, "forgotten": {"x": 0.5}}]
+    assert record["rounds"] == expected
 
 
 @pytest.mark.parametrize("name", ["schedules", "memory", "scale"])

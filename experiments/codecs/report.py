@@ -1,4 +1,4 @@
-"""Table and picture of `result.json`.
+"""Tables of `result.json` and `smollm2.json`, and a picture of both.
 
 python -m experiments.codecs.report
 """
@@ -11,8 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.speed.report import write_between
+
 HERE = Path(__file__).parent
-START, END = "<!-- table -->\n", "\n<!-- end -->"
+
+MODELS = {"result.json": "the bundled model", "smollm2.json": "SmolLM2-135M"}
+"""Titles of the results."""
 
 
 def bytes_a_token(run: Mapping[str, Any]) -> float:
@@ -64,37 +68,44 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Perplexity beside raw against bytes a token."""
+def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Perplexity beside raw against bytes, one pair of axes for each model.
+
+    Args:
+        results: Rows by title.
+        path: File of the picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
-    for row in rows:
-        change = 100 * row["change"]
-        axes.errorbar(row["bytes"], change, yerr=50 * row["spread"], fmt="o", markersize=4, capsize=2, color="#3465a4")
-        axes.annotate(row["codec"], (row["bytes"], change), xytext=(4, 3), textcoords="offset points", fontsize=6)
-    exact = next(row["bytes"] for row in rows if row["codec"] == "raw")
-    axes.axvline(exact / 16, color="#888888", linestyle=":", linewidth=1)
-    axes.axhline(0.5, color="#888888", linestyle=":", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_xlabel("bytes a token, up and down (dotted: a sixteenth of raw)")
-    axes.set_ylabel("held-out perplexity beside raw, % (dotted: 0.5 %)")
+    figure, every = pyplot.subplots(len(results), 1, figsize=(9, 5.5 * len(results)), squeeze=False)
+    for axes, (title, rows) in zip(every[:, 0], results.items(), strict=True):
+        exact = next(row["bytes"] for row in rows if row["codec"] == "raw")
+        for row in rows:
+            share, change = row["bytes"] / exact, 100 * row["change"]
+            axes.errorbar(share, change, yerr=50 * row["spread"], fmt="o", markersize=4, capsize=2, color="#3465a4")
+            axes.annotate(row["codec"], (share, change), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        axes.axvline(1 / 16, color="#888888", linestyle=":", linewidth=1)
+        axes.axhline(0.5, color="#888888", linestyle=":", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("bytes a token as a share of raw, up and down (dotted: a sixteenth)")
+        axes.set_ylabel("held-out perplexity beside raw, % (dotted: 0.5 %)")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Writes the picture, and the table into README.md."""
-    rows = rows_of(json.loads((HERE / "result.json").read_text())["runs"])
-    draw(rows, HERE / "codecs.png")
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(before + START + "\n" + table(rows) + "\n" + END + after)
+    """Writes the picture, and the tables into README.md."""
+    results = {}
+    for name, title in MODELS.items():
+        rows = rows_of(json.loads((HERE / name).read_text())["runs"])
+        write_between(HERE / "README.md", name, table(rows))
+        results[title] = rows
+    draw(results, HERE / "codecs.png")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from fedsplit.wire.casting import Raw
 from fedsplit.wire.codecs import Codec, Place, Role
 from fedsplit.wire.encoded import Encoded, MalformedPacket
 from fedsplit.wire.headers import Form, array_in, decoded_part, form_in, form_of, matrix_of, nested
-from fedsplit.wire.row_cache import RowCache
+from fedsplit.wire.row_cache import RowCache, Rows
+
+_NOTHING, _ITSELF, _TYPICAL = range(3)
+"""Source of a prediction: none, the example itself in an earlier epoch, or a typical token of another example."""
 
 
 class Delta(Codec):
@@ -21,7 +24,12 @@ class Delta(Codec):
     Both sides keep what the receiver has decoded, and both add the decoded difference. So an error of the values on
     the wire does not grow from epoch to epoch: the next difference contains the error (AQ-SGD, 2206.01299, proves a
     bound). A token that has moved by less than the threshold, relative to its norm, does not cross (SplitCom,
-    2602.10564). An example that crosses for the first time, or has moved by more than its own norm, crosses whole.
+    2602.10564).
+
+    An example that crosses for the first time is predicted by a typical token of the example before: the median over
+    its tokens. Hidden states of many models have a few dimensions that are large in all tokens. Without them, groups of
+    values have smaller scales, so that coarse codecs lose less. An example that has moved by more than its own norm
+    crosses whole.
 
     Rows that were used least recently leave the cache (`fedsplit.wire.row_cache`).
 
@@ -60,12 +68,13 @@ class Delta(Codec):
         """Encodes a tensor."""
         form = form_of(tensor, role)
         values = _by_example(form, matrix_of(tensor))
-        predicted, is_known = self._predicted(form, role)
+        predicted, sources = self._predicted(form, role)
         difference = values - predicted
         norms, distances = _norms(values), _norms(difference)
         # An example that has changed altogether is nearer to zero than to its prediction.
         is_near = distances.square().sum(1) < norms.square().sum(1)
-        is_used = is_known & is_near
+        sources = sources * is_near
+        is_used = sources > _NOTHING
         predicted[~is_used] = 0
         difference[~is_used] = values[~is_used]
         is_still = distances <= self._threshold * norms  # never of an example that is not finite, which is not near
@@ -74,7 +83,8 @@ class Delta(Codec):
         predicted[is_moved] += self._rest.decode(sent, role).float()
         self._keep(predicted, form, role)
         arrays, facts = nested({"moved": sent})
-        arrays |= {"tokens": _packed(is_moved), "examples": _packed(is_used)}
+        used: np.ndarray = sources.numpy()
+        arrays |= {"tokens": _packed(is_moved), "examples": used}
         return Encoded(arrays, {**form.header(), **facts})
 
     def decode(self, encoded: Encoded, role: Role) -> Tensor:
@@ -84,13 +94,14 @@ class Delta(Codec):
             MalformedPacket: The arrays do not fit the shape, or a prediction is not in the cache.
         """
         form = form_in(encoded, role)
-        predicted, is_known = self._predicted(form, role)
+        predicted, known = self._predicted(form, role)
         examples, tokens, _ = predicted.shape
-        is_used = _unpacked(encoded, "examples", (examples,))
+        sources = array_in(encoded, "examples", np.uint8, examples)
         is_moved = _unpacked(encoded, "tokens", (examples, tokens))
-        if bool((is_used & ~is_known).any()):
+        # A side that has lost a row would add the difference to another prediction.
+        if bool(((sources != _NOTHING) & (sources != known)).any()):
             raise MalformedPacket("a difference came to an example that is not in the cache of this side")
-        predicted[~is_used] = 0
+        predicted[sources == _NOTHING] = 0
         shape = int(is_moved.sum()), form.width
         predicted[is_moved] += decoded_part(encoded, "moved", self._rest, role, shape)
         self._keep(predicted, form, role)
@@ -105,7 +116,7 @@ class Delta(Codec):
         self._cache.restore(states)
 
     def _predicted(self, form: Form, role: Role) -> tuple[Tensor, Tensor]:
-        """Returns what the examples were decoded to the last time (B, T, D), and which examples are known (B,).
+        """Returns predictions of the examples (B, T, D), and the source of each prediction (B,).
 
         Raises:
             MalformedPacket: The role has another number of examples than the tensor.
@@ -113,15 +124,21 @@ class Delta(Codec):
         if role.examples and (len(form.shape) != 3 or len(role.examples) != form.shape[0]):
             raise MalformedPacket(f"{len(role.examples)} numbers of examples do not fit a tensor {form.shape}")
         predicted = _by_example(form, torch.zeros(form.rows, form.width))
-        is_known = torch.zeros(len(predicted), dtype=torch.bool)
+        sources = torch.full((len(predicted),), _NOTHING, dtype=torch.uint8)
         rows = self._cache.before(role)
         for place, example in enumerate(role.examples):
             kept = rows.get(example)
             # A batch is padded to its longest text, so that one text may have several lengths.
             if kept is not None and kept.shape == predicted[place].shape:
                 predicted[place] = kept
-                is_known[place] = True
-        return predicted, is_known
+                sources[place] = _ITSELF
+        is_new = sources == _NOTHING
+        if rows and bool(is_new.any()):
+            typical = _typical_token(rows)
+            if len(typical) == form.width:
+                predicted[is_new] = typical
+                sources[is_new] = _TYPICAL
+        return predicted, sources
 
     def _keep(self, decoded: Tensor, form: Form, role: Role) -> None:
         """Keeps the decoded rows (B, T, D) in their type behind the wire."""
@@ -134,6 +151,16 @@ def _by_example(form: Form, matrix: Tensor) -> Tensor:
     examples = form.shape[0] if len(form.shape) == 3 else 1
     tokens = form.rows // examples if examples else 0
     return matrix.reshape(examples, tokens, form.width)
+
+
+def _typical_token(rows: Rows) -> Tensor:
+    """Returns the median over the tokens of the example that was used last (D,).
+
+    A median is one of the kept values, and so has the same bits on both sides. The first token of a text, which is
+    hundreds of times as large as the others in some models, does not move the median.
+    """
+    newest = rows[list(rows)[-1]]
+    return newest.float().median(0).values
 
 
 def _norms(values: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_what_has_not_moved_costs_next_to_nothing() -> None:
     tensor = normal(2, 8, 64)
     whole = sender.encode(tensor, role_of(0, 1, 2)).nbytes
     assert sender.encode(tensor * 1.01, role_of(1, 2, 1)).nbytes == whole  # the examples have changed places
-    assert sender.encode(tensor * 1.01, role_of(2, 2, 1)).nbytes == 2 + 1
+    assert sender.encode(tensor * 1.01, role_of(2, 2, 1)).nbytes == 2 + 2  # a bit a token, a byte an example
 
 
 def test_an_example_that_has_changed_altogether_crosses_whole() -> None:
@@ -60,10 +60,46 @@ def test_an_example_that_has_changed_altogether_crosses_whole() -> None:
     assert torch.equal(torch.from_numpy(sent.array("moved.values")), normal(3, 8, seed=1))
 
 
-def test_an_example_of_another_length_crosses_whole() -> None:
+def test_a_new_example_is_predicted_by_a_typical_token_of_the_example_before() -> None:
+    """The median of each dimension over the tokens of example 2: 100 and 1. The first token does not matter."""
+    sender, receiver = Delta(0.0, 10**6), Delta(0.0, 10**6)
+    first = torch.tensor([[[0.0, 0.0]] * 3, [[9e5, 7.0], [100.0, 1.0], [99.0, -3.0]]])
+    receiver.decode(sender.encode(first, role_of(0, 1, 2)), role_of(0, 1, 2))
+    second = torch.tensor([[[101.0, 3.0], [100.0, 1.0]]])  # of another length
+    sent = sender.encode(second, role_of(1, 3))
+    assert sent.array("examples").tolist() == [2]
+    assert sent.array("moved.values").tolist() == [[1.0, 2.0]]
+    assert torch.equal(receiver.decode(sent, role_of(1, 3)), second)
+
+
+def test_a_large_dimension_of_all_tokens_does_not_spoil_its_group_for_new_examples() -> None:
+    sender, plain = make_codec("delta,int4", cache=10**6), make_codec("int4")
+    tensors = [normal(1, 16, 64, seed=seed) for seed in range(2)]
+    for tensor in tensors:
+        tensor[..., 5] += 300
+    sender.encode(tensors[0], role_of(0, 1))
+    sent = sender.encode(tensors[1], role_of(1, 2))
+    receiver = make_codec("delta,int4", cache=10**6)
+    receiver.decode(make_codec("delta,int4", cache=10**6).encode(tensors[0], role_of(0, 1)), role_of(0, 1))
+    error = (receiver.decode(sent, role_of(1, 2)) - tensors[1]).norm()
+    alone = (plain.decode(plain.encode(tensors[1], role_of(1)), role_of(1)) - tensors[1]).norm()
+    assert float(error) < float(alone) / 3
+
+
+def test_an_example_of_another_length_is_not_predicted_by_itself() -> None:
     sender = Delta(0.0, 10**6)
-    sender.encode(normal(1, 3, 8), role_of(0, 1))
-    assert sender.encode(normal(1, 4, 8), role_of(1, 1)).array("examples").tolist() == [0]
+    sender.encode(normal(1, 3, 8) + 5, role_of(0, 1))
+    assert sender.encode(normal(1, 4, 8) + 5, role_of(1, 1)).array("examples").tolist() == [2]
+
+
+def test_a_receiver_that_has_lost_a_row_takes_no_typical_token_for_it() -> None:
+    sender, receiver = Delta(0.0, 10**6), Delta(0.0, 10**6)
+    for codec in (sender, receiver):
+        codec.encode(normal(1, 3, 8) + 5, role_of(0, 2))
+    sender.encode(normal(1, 3, 8) + 5, role_of(1, 1))
+    sent = sender.encode(normal(1, 3, 8) + 5, role_of(2, 1))
+    with pytest.raises(MalformedPacket, match="not in the cache of this side"):
+        receiver.decode(sent, role_of(2, 1))
 
 
 def test_a_receiver_without_the_example_refuses_the_difference() -> None:

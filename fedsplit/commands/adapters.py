@@ -195,6 +195,7 @@ def _push(call: Call) -> list[str]:
 
     from fedsplit.results.publishing import check_access, push
 
+    # Before the upload, so that a token without access fails at once.
     check_access(flags.repository)
     address = push(adapter, flags.repository, private=not flags.public, with_base=flags.export_base)
     return [f"{adapter.folder} is on the Hub: {address}"]
@@ -254,6 +255,7 @@ def _weights(text: str, count: int) -> list[float]:
         return [1 / count] * count
     try:
         weights = [float(number) for number in text.split(",")]
+    # No weights at all are a wrong number of weights, which the check below refuses.
     except ValueError:
         weights = []
     are_finite = all(math.isfinite(weight) for weight in weights)
@@ -360,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         call = make_parser().read(argv)
         work_of_command = call.flags.work
+        # Only `push` has to reach the Hub.
         quieten(offline=work_of_command is not _push)
         lines = work_of_command(call)
         print(*lines, sep="\n")

@@ -220,6 +220,7 @@ def check_prompt(config: Config) -> None:
         InputError: A setting has no meaning, or excludes a further setting. All errors are reported together.
     """
     rules = [_wrong_prompt_fields(config.prompt)]
+    # Without prompts, the further rules would refuse the settings of LoRA.
     if config.prompt.kind != "off":
         rules.append(_wrong_beside_prompts(config))
         rules.append(_wrong_init(config.prompt))

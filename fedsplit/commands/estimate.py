@@ -114,6 +114,7 @@ def _settle(config: Config, flags: argparse.Namespace) -> tuple[Workload, Field]
     Raises:
         InputError: A setting or a flag is wrong. All errors are reported together, after those of counts.
     """
+    # First and by itself, since a check below lists all clients.
     _check_counts(config)
     collector = ErrorCollector()
     field = workload = None
@@ -173,6 +174,7 @@ blocks
 
     file = Path(config.model, "config.json")
     if file.is_file():
+        # For the error alone, which names the file and what is wrong with its JSON.
         _read_json(file)
     collector = ErrorCollector()
     facts = None
@@ -299,6 +301,7 @@ def _number(flag: str, text: str) -> int:
     """
     if not text:
         return 0
+    # `isdigit` alone takes the digits of all scripts, and `int` refuses thousands of digits with an error of its own.
     if text.isascii() and text.isdigit() and len(text) <= 10 and 1 <= int(text) <= _MOST:
         return int(text)
     raise InputError(f"{flag}: {text[:40]} is not possible; allowed: a whole number from 1 to {_MOST}")

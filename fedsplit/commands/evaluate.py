@@ -277,6 +277,7 @@ def _check(call: Call) -> _Job:
     with collector.collecting():
         if not DEVICE.test(flags.device):
             raise SettingError("device", flags.device, DEVICE.words)
+    # `vars`, since reading a refused flag would raise an error.
     given = {name: value for name, value in vars(flags).items() if name in READING}
     with collector.collecting():
         build(given)

@@ -82,6 +82,7 @@ def _read(path: Path, unpickles: bool) -> object:
     except OSError as error:
         raise InputError(f"{shortened(path)} cannot be read: {error.strerror}") from None
     try:
+        # JSON first, whatever the name says: a trace that was converted may have kept its name.
         return json.loads(content)
     except (ValueError, RecursionError):
         if path.suffix not in _PICKLES:
@@ -104,6 +105,7 @@ def _written(document: Mapping[str, Any], out: Path) -> list[str]:
 
     read_fleet(json.dumps(document))  # what is written can be read
     try:
+        # "x": a file that is there stays.
         with out.open("x", encoding="utf-8") as file:
             file.write(tomli_w.dumps(document))
     except OSError as error:
@@ -120,6 +122,7 @@ def _measure(call: Call) -> list[str]:
 
     from fedsplit.federation.compute_profile import measured
 
+    # Before the measurement, which takes a while.
     if out.exists():
         raise InputError(f"{shortened(out)} exists")
     document = measured(config)
@@ -196,7 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         call = make_parser().read_known(argv)
+        # Only a first reading tells which command it is.
         work_of_command = call.flags.work
+        # Measuring loads a model, which may have to be fetched.
         quieten(offline=work_of_command is not _measure)
         if work_of_command is not _measure:  # the other commands have no further flags
             call = make_parser().read(argv)

@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except InputError:
             raise
         except Exception as error:
+            # Where transformers itself cannot run the model, the cut is not to blame.
             fault = uncut_fault(config)
             if fault:
                 words = f"transformers' own model of type {config.model_type} does not run with this configuration"

@@ -177,6 +177,7 @@ def serving(
     from fedsplit.wire.limits import Limits
     from fedsplit.wire.token_files import own_token
 
+    # All that may be refused comes before the weights, which take a while to load.
     checked_limits = dataclasses.replace(Limits(), **limits)
     identities = read_identities(tls) if tls is not None else None
     secret = own_token(token)
@@ -220,8 +221,10 @@ def main(argv: Sequence[str] | None = None, wait: Callable[[], object] = _never.
         limits = {name: value for name in LIMITS if (value := vars(flags)[f"limits.{name}"]) is not None}
         with serving(config, flags.host, flags.port, flags.tls, token, limits) as server:
             how = "TLS" if flags.tls else "no encryption"
+            # The colons of an IPv6 address would run into that of the port.
             place = f"[{flags.host}]" if ":" in flags.host else flags.host
             about = f"model {config.model}, blocks {config.cut}, {how}, token in {token}"
+            # Flushed: whoever has started this process waits for the line, and a pipe would hold it back.
             print(f"trunk ready at {place}:{server.port}: {about}", flush=True)
             wait()
 

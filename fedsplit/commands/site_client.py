@@ -131,10 +131,12 @@ def supernode(flags: Mapping[str, Any], file: Path) -> list[str]:
         flags: Flags of the command.
         file: The site's file.
     """
+    # Beside this Python first: a virtual environment need not be active.
     program = shutil.which("flower-supernode", path=str(Path(sys.executable).parent)) or "flower-supernode"
     from fedsplit.federation.client_site import NODE_KEY
 
     call = [program, "--superlink", flags["superlink"], "--node-config", f'{NODE_KEY}="{file}"']
+    # With a port that is always the same, a machine could play one client only.
     call += ["--port", str(flags["port"] or _free_port())]
     if flags["insecure"]:
         call.append("--insecure")
@@ -164,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         site = site_of(flags)
         check_all(problems(site, flags))
+        # The SuperNode and the processes of the client read the path, too, wherever they work.
         site = replace(site, folder=site.folder.absolute())
         with locked(site.folder) as lock:
             if lock.was_killed:

@@ -60,6 +60,7 @@ class OnePartition:
         )
         if self._partition is None or key != self._key:
             self._partition = partition_of(config)
+            # Only now: reading may fail, and the key must not name data that are not there.
             self._key = key
         return self._partition
 
@@ -81,6 +82,7 @@ def play(config: Config) -> dict[str, Any]:
     from fedsplit.commands import simulate
     from fedsplit.trunk.memory import forget_peak_memory, return_free_pages
 
+    # Memory of the run before must not count for this run's peak.
     gc.collect()
     return_free_pages()
     forget_peak_memory()
@@ -216,6 +218,7 @@ class _Once(io.StringIO):
         for line in text.splitlines():
             if line.strip() and line not in self.shown:
                 self.shown.add(line)
+                # `sys.stdout` is this very object while it is redirected.
                 print(line, file=sys.__stdout__, flush=True)
         return len(text)
 
@@ -239,6 +242,7 @@ def sweep(path: Path, out: Path, jobs: int, only_check: bool = False) -> int:
     progress = Progress(len(study.runs))
     with Workers(play, warm, words_of, jobs or _cores(study), progress.may_grow) as workers:
         if jobs:
+            # The user's number of runs stands, whatever memory is free.
             workers.may_grow = lambda: True
         prepare()
         warnings.simplefilter("ignore")
@@ -293,9 +297,11 @@ def _play_all(study: Study, checked: Sequence[Checked], out: Path, workers: Work
 
     by_name = {each.folder.name: each for each in checked}
     results = {name: each.result for name, each in by_name.items() if each.result is not None}
+    # Finished runs tell how much memory a run needs, before the first of the new ones has ended.
     for result in results.values():
         progress.learn(dict(result.summary))
     todo = [each for each in checked if each.result is None]
+    # The time left is that of the runs that are played now.
     progress.of = len(todo)
     progress.started = time.monotonic()
     _say_start(checked, todo, out)
@@ -315,6 +321,7 @@ def _play_all(study: Study, checked: Sequence[Checked], out: Path, workers: Work
             if not outcome.value["complete"]:
                 early.append(each.run.name)
         print(_line(each.run.name, outcome, progress), flush=True)
+    # In the order of the study, and not in that in which the runs have ended.
     _write_results(study, [results[name] for name in by_name if name in results], list(failed.values()), out)
     for name, run in failed.items():
         print(f"fedsplit: {name} failed: {run.reason}", file=sys.stderr)

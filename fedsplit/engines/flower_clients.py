@@ -162,6 +162,8 @@ class FlowerClients:
                 if isinstance(answer, Failure):
                     if answer.kind == FOREIGN_DATA:
                         raise FederationFailed(answer.reason)
+                    # A kind is the client's own word. A failure without one comes from Flower, which quotes Ray's
+                    # error.
                     kind = CLIENT_LOST if _LOST_PROCESS in answer.reason and not answer.kind else answer.kind
                     if _RESTARTING in answer.reason and not answer.kind and time.monotonic() < started + self._patience:
                         turned_away.append(request)

@@ -238,6 +238,7 @@ class _Worker(threading.Thread):
             self._next = None
         except Exception as error:  # noqa: BLE001  # of the work, and told to whoever gave it
             result = error
+        # Before `done`: the work has its result, and `kill_busy` must not kill the process for it.
         self.is_busy = False
         call.work.done(call.place, result)
 
@@ -429,6 +430,7 @@ class WorkerPool:
     def away(self) -> Iterator[None]:
         """Ends all workers to free their resources, and starts new workers at the end of the context."""
         with self._changed:
+            # Before the actors are given up, so that no thread takes their room for another one.
             self._keeps_room = True
             for worker in self._workers:
                 worker.give_up()
@@ -455,6 +457,7 @@ class WorkerPool:
     def close(self) -> None:
         """Ends all workers, at once."""
         with self._changed:
+            # Before the kills below, so that no thread replaces an actor that is killed.
             self.is_closed = True
             self._changed.notify_all()
         for worker in self._workers:

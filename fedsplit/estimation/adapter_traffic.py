@@ -97,6 +97,8 @@ def rounds_of_adapters(parties: Parties, clock: Clock | None = None) -> list[Rou
         for round in range(1, min(config.rounds, PLAYED) + 1):
             rounds.append(server.play(round))
     for round in range(PLAYED + 1, config.rounds + 1):
+        # Strategies such as RoLoRA train factors A and B in turn. `PLAYED` is even, so that an odd round repeats an
+        # odd one.
         earlier = rounds[PLAYED - round % 2]
         rounds.append(earlier)
     return rounds
@@ -119,6 +121,7 @@ class _Server:
         self._ledger = AdapterLedger(self._config, self._aggregation.traits, parts, folder, folder)
         self._adapters = self._ledger.start
         self._codec: AdapterCodec | None = None
+        # Raw tensors are counted by their sizes alone, and stand-ins suffice. A codec must see values.
         if self._config.adapter.codec != "raw":
             self._codec = AdapterCodec(self._config.adapter.codec, self._config.seed, self._ledger.rule.crossing)
         names = [f"client {client}" for client in range(self._config.clients)]
@@ -160,6 +163,7 @@ class _Server:
         trained = {name: update.adapters.tensors[name] for name in names}
         if self._codec is None:
             return self._bytes(trained)
+        # `_update` always sets the adapters that were given.
         assert update.given is not None
         given = {name: update.given.tensors[name] for name in trained}
         changes = self._codec.encode_changes(self._in_full(trained), self._in_full(given), update.client, round)
@@ -191,6 +195,7 @@ class _Server:
             returned = ledger.rule.returned(crossing, task)
             sent_control = {name: update.control[name] for name in returned if name in update.control}
             up[client] = self._bytes_up(update, returned, round) + self._bytes(sent_control)
+        # Updates that come too late have crossed, so that their bytes count. The server does not use them.
         time = None if self._clock is None else self._clock.training(round, down, up, unavailable)
         for client in () if time is None else (*time.late, *time.surplus):
             del updates[client]
@@ -201,6 +206,7 @@ class _Server:
 
     def _aggregate(self, round: int, updates: list[ClientUpdate]) -> None:
         """Lets the strategy aggregate updates."""
+        # As in a run: without updates nothing is aggregated, and the log of changes still gets the round.
         if not updates and not self._aggregation.traits.idles:
             self._ledger.fold(round, {})
             return

@@ -112,6 +112,7 @@ def flags_of(one: Alternative, config: Config) -> str:
     is_own = one.codec == codec_name(wire)
     flags.append(f"--wire.codec {wire.codec if is_own else one.codec}")
     for role in _ROLES:
+        # The codec of a role wins over --wire.codec. Each role that the run sets has to be set again.
         if getattr(wire, role):
             flags.append(f"--wire.{role.replace('_', '-')} {getattr(wire, role) if is_own else one.codec}")
     return " ".join([*flags, f"--micro-batches {one.micro_batches}"])
@@ -136,6 +137,7 @@ def cuts_of(found: Estimate) -> list[tuple[int, int]]:
         return [own]
     depths = {1, 2, facts.blocks // 8, facts.blocks // 4, facts.blocks // 3}
     cuts = [(depth, facts.blocks - depth) for depth in sorted(depths) if 0 < depth < facts.blocks - depth]
+    # Blocks that share keys and values cannot be parted.
     possible = [cut for cut in cuts if not facts.closed.intersection(cut)]
     return [own, *(cut for cut in possible if cut != own)]
 
@@ -152,6 +154,7 @@ def micro_batches_of(found: Estimate) -> list[int]:
     """Returns the numbers of micro-batches that are compared: that of the run, and those that divide its batch."""
     config = found.parties.config
     own = config.train.micro_batches
+    # A schedule that gathers steps takes no micro-batches.
     if found.parties.schedule.gathers:
         return [own]
     examples = config.train.batch_size // found.parties.demands.rows

@@ -124,6 +124,7 @@ def _bytes(found: Estimate) -> list[str]:
     """Returns the table of bytes by kind and direction."""
     traffic = found.traffic
     columns = [traffic.step, traffic.rounds[-1], traffic.run]
+    # A kind in a direction that nothing crosses in would be a row of dashes.
     rows: list[tuple[str, ...]] = [("bytes", "a client's step", "a round of all", "the run")]
     for kind, words in _KINDS.items():
         for direction in ("up", "down"):
@@ -212,6 +213,7 @@ def _time(seconds: float) -> str:
         >>> _time(0.0123), _time(4.2), _time(600), _time(90000)
         ('12 ms', '4.2 s', '10.0 min', '25.0 h')
     """
+    # From 0.0995 s on, milliseconds would be rounded to 100 and more, where 0.1 s says as much.
     if seconds < 0.0995:
         return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 or not seconds else f"{seconds * 1000:.1g} ms"
     if seconds < 120:

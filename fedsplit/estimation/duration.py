@@ -72,6 +72,7 @@ def seconds_of(config: Config, clock: Clock, adapters: RoundOfAdapters) -> Secon
     """
     training = clock.training(config.rounds, adapters.down, adapters.up)
     busy = {client: _busy(time) for client, time in training.phase.spent.items()}
+    # Nobody trains in a last round in which all clients are absent. Client 0 then stands for all.
     pace = max(busy, key=lambda client: busy[client], default=0)
     alone = clock.alone(pace)
     in_crowd = training.phase.spent.get(pace, alone)
@@ -109,6 +110,7 @@ def rounds_of(config: Config, clock: Clock, adapters: Sequence[RoundOfAdapters])
         like = number if number < len(played) else PLAYED - number % 2
         evaluation = 0.0
         if is_due(config, number):
+            # A replay takes a while. Rounds that are alike share one.
             if like not in measured:
                 measured[like] = clock.evaluation(like, to_measure(config, adapters[like])).end
             evaluation = measured[like]

@@ -174,7 +174,9 @@ class Clock:
             return replay(field, phases, round, name)
 
         a_step = max(1, len(crossings(sizes[:1]))) * max(1, len(clients))
+        # A third of the limit, since n and 2n steps are replayed: 3n together.
         played = max(1, self._limits.crossings // a_step // 3)
+        # A phase that is hardly longer than its replayed part is replayed as a whole.
         if a_step * len(sizes) <= self._limits.crossings or 2 * played >= len(sizes):
             time = replayed(len(sizes))
         else:
@@ -193,6 +195,7 @@ class Clock:
         def kind(client: int) -> tuple[object, ...]:
             return field.replica(client), *field.profiles[client].document().values(), client
 
+        # Neighbours in this order have like lines and devices, so that one can stand for the next ones.
         ordered = sorted(clients, key=kind)
         return {client: ordered[place - place % stride] for place, client in enumerate(ordered)}
 

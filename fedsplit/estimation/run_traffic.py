@@ -55,6 +55,7 @@ def run_traffic(parties: Parties, adapters: Sequence[RoundOfAdapters] | None = N
     """
     counted = StepTraffic(parties)
     sizes = step_sizes(parties)
+    # Steps of one size send equal bytes. Encoding tensors takes a while, and is done once for each size.
     by_size = {rows: counted.step(rows) for rows in {*sizes}}
     training: Traffic = sum((by_size[rows] for rows in sizes), Counter())
     training += _evaluation(parties, counted, [*sampled_batches(parties).values()], after_training=True)

@@ -200,6 +200,7 @@ class StepTraffic:
             training: False for evaluation.
         """
         place = (rows * positions, stage, kind, direction, training)
+        # Only the shape, the codec and the type decide about the bytes. Equal places are encoded once.
         if place not in self._encoded:
             # Hidden states have the type behind the part below; so have the gradients by them.
             enters_below = (kind, direction) in (("activation", "up"), ("gradient", "down"))

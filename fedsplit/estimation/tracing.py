@@ -99,6 +99,8 @@ class AllocationTracker(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> None:
         """Counts the memory of a tensor, once for all its views."""
         storage = tensor.untyped_storage()
+        # The address of the storage, which all views share. A freed address may return: `_forget` has then removed
+        # it.
         key = storage._cdata
         if key in self._sizes:
             return
@@ -161,6 +163,7 @@ def trace(
 
     if len(blocks) <= _FEW[1] or not _are_equal(blocks) or getattr(part.config, "is_heterogeneous", False):
         return play()
+    # Three blocks less two are the cost of each further block. A single block would hide what lies between two.
     few, one_more = (_with_first_blocks(part, count, play) for count in _FEW)
     further = len(blocks) - _FEW[0]
 
@@ -216,6 +219,7 @@ def _with_first_blocks(part: Part, count: int, call: Callable[[], Trace]) -> Tra
 
 def _play(part: Part, rows: int, length: int, dtype: torch.dtype, input_needs_gradient: bool, classes: int) -> Trace:
     """Plays a step of a part. For the arguments see `trace`."""
+    # Dropout keeps a mask for the backward in training only.
     part.train()
     width = part.config.hidden_size
     ids = torch.zeros(rows, length, dtype=torch.long)
@@ -231,6 +235,7 @@ def _play(part: Part, rows: int, length: int, dtype: torch.dtype, input_needs_gr
             output = part(hidden, labels) if part.kind == "top" else part(hidden)
         kept = tracker.live
         forward = tracker.peak
+        # The peak of the backward begins with what the forward leaves behind.
         tracker.peak = kept
         if output.requires_grad:
             output.backward(torch.empty_like(output))

@@ -73,6 +73,7 @@ class Emitter:
             with guard:
                 call()
         except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it raises is no reason to lose a run
+            # Before the notice, which would otherwise reach the sink that failed, and so on without an end.
             self._users.remove(sink)
             text = f"the sink {type(sink).__name__} failed and is left out from here on: {described(error)}"
             self(Notice(text=text, warning=True))
@@ -85,6 +86,7 @@ class Emitter:
     ) -> None:
         try:
             if error is not None:
+                # An exception without a message would leave a colon behind its type.
                 self(RunFailed(reason=f"{type(error).__name__}: {error}".removesuffix(": ")))
         finally:
             self.close()

@@ -24,6 +24,7 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
     """
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
+    # Folded, and not cut: the path of the run's folder is to be copied.
     table.add_column(overflow="fold")
     rows = [
         *_quality(summary),

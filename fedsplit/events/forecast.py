@@ -43,5 +43,6 @@ class Forecast:
         if done < 1:
             return None
         seconds_a_round = (self._began - self._first_began) / done
+        # The present round is one of them, since its time counts from its beginning.
         rounds_left = self._rounds - self._round + 1
         return max(0.0, self._began + rounds_left * seconds_a_round - now)

@@ -110,6 +110,7 @@ def append_lines(path: Path, lines: Sequence[bytes]) -> None:
     """
     if not lines:
         return
+    # Without a buffer, a full disk is an error here, and not when the file is closed.
     with writing(path), open(path, "ab", buffering=0, opener=open_here) as file:
         size = file.tell()
         content = b"".join(lines)

@@ -271,6 +271,7 @@ class LiveScreen(PlainScreen):
         self._progress.start()  # no effect on a bar that is shown
         if self._progress.tasks[0].finished:  # rich stops the spinner of a task that was full once
             self._progress.reset(self._task)
+        # Without a total, rich moves the bar to and fro.
         self._progress.update(self._task, description=text, completed=done, total=of or None)
 
     def line(self, text: str) -> None:

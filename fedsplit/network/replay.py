@@ -83,6 +83,7 @@ def replay(place: Field, phases: Mapping[int, ClientPhase], round: int, phase: s
         >>> replay(field, {0: ClientPhase(bytes_down=1_000_000, bytes_up=500_000)}, round=1, phase="training").arrivals
         {0: 1.6}
     """
+    # Here, since SimPy is an optional extra that runs without a network do not need.
     import simpy
 
     env = simpy.Environment()
@@ -159,6 +160,7 @@ class Channel:
             if nbytes:
                 # Lost packets are sent again: the useful part of the bandwidth shrinks by the loss.
                 yield self._link.send(nbytes / (1 - self._profile.loss), self._rate)
+        # A message must not overtake the one before, however little jitter it draws.
         due = max(self._last_arrival, self._env.now + self._delay(message))
         self._last_arrival = due
         yield self._env.timeout(due - self._env.now)
@@ -166,6 +168,7 @@ class Channel:
     def _delay(self, message: tuple[object, ...]) -> float:
         """Returns the latency of a message in seconds: half a round trip, jitter, and the wait for a lost packet."""
         profile = self._profile
+        # A derived seed has 63 bits, so that the quotient lies in [0, 1).
         drawn = derive_seed(self._seed, *self._place, *message) / 2**63 if profile.jitter_ms else 0.0
         # The last packet of a message is lost loss / (1 - loss) times on average; each time costs a round trip.
         again = profile.rtt_ms * profile.loss / (1 - profile.loss)
@@ -212,6 +215,7 @@ class _ClientRun:
         for _, group in groupby(training, key=lambda one: (one.step, one.batch)):
             yield from self._batch(list(group), references)
         self._trunk.leave(client)
+        # By identity, since a reference of held-out text may equal one beside a training step in all fields.
         beside = {id(one) for one in references.values()}
         for one in phase.crossings:
             if one.kind in ("evaluation", "reference") and id(one) not in beside:
@@ -305,4 +309,5 @@ class _ClientRun:
             ("wire_down", job.ended, job.returned_at),
         )
         for place, start, end in stays:
+            # What passed before the wait began was overlapped by the client's own computing, and is booked there.
             self.time.add(place, max(0.0, end - max(start, began)))

@@ -106,6 +106,7 @@ def settled(crossings: Iterable[Crossing], round: int, clients: Collection[int])
     for crossing in sorted(crossings, key=lambda crossing: crossing.place):
         if crossing.round == round and crossing.client in by_client:
             by_client[crossing.client].append(crossing)
+    # A client that was started again repeats its round. Messages of the broken attempt would count twice.
     for client, own in by_client.items():
         last = max((crossing.attempt for crossing in own), default=0)
         by_client[client] = [crossing for crossing in own if crossing.attempt == last]

@@ -109,6 +109,7 @@ class TrunkQueue:
     def leave(self, client: int) -> None:
         """Ends the training of a client. Nobody waits for the client from then on."""
         self._active.discard(client)
+        # A client that has left must not count at the next barrier.
         self._contributed.pop(client, None)
         self._serve()
 
@@ -135,6 +136,7 @@ class TrunkQueue:
         self._busy.discard(lane)
         for job in chosen:
             job.ended = self._env.now
+            # With clipping, a step ends with the coefficient, which comes behind the last gradient.
             ends_step = job.crossing.kind == "coefficient" if self._clips else job.is_backward and job.crossing.ends
             if ends_step and job.crossing.learns:
                 self._contributed[job.crossing.client] += 1
@@ -181,6 +183,7 @@ class TrunkQueue:
             else:
                 groups.setdefault(self._batches[_batch_key(job)], {}).setdefault(client, job)
         for members, group in groups.items():
+            # A member that has left sends no gradient any more.
             if group.keys() >= members & self._active:
                 return self._together(group)
         if forwards and forwards.keys() >= self._active:

@@ -34,6 +34,7 @@ def traffic(run: RunRecord) -> Section:
         caption = "Bytes by kind and round. Up: from the clients, filled; down: to them, outlined."
         section.pictures.append(Picture("Bytes by kind and round", figures.panels(series, size), caption))
     totals = numbers(run.summary.get("bytes"))
+    # A run that has not ended has no summary. The bytes so far are in the events of its rounds.
     if not totals:
         for event in run.of("cost"):
             for kind, count in numbers(event.get("bytes")).items():
@@ -66,6 +67,7 @@ def time_spent(run: RunRecord) -> Section:
         if phase in totals:
             by_client[phase] = totals[phase]
     training = by_client.get("training", {})
+    # One bar alone would compare with nothing.
     if 1 < len(training) <= MOST_BARS:
         evaluation = by_client.get("evaluation", {})
         sample = by_client.get("sample", {})
@@ -122,6 +124,7 @@ def _uncounted(run: RunRecord) -> list[Table]:
         rows.append((str(event["round"]), text(event.get("client_name")), why, text(event.get("reason"), 300)))
     if len(rows) == 1:
         return []
+    # The head is no client.
     more = len(rows) - 1 - MOST_ROWS
     note = f"… and {more} more" if more > 0 else ""
     return [Table("Clients that did not count in a round: no failures", rows[: MOST_ROWS + 1], note, is_words=True)]
@@ -147,6 +150,7 @@ def memory(run: RunRecord) -> Section:
             by_client[client] = max(peak, by_client.get(client, 0.0))
     if by_client:
         rows = [("client", "peak of its process"), *((name, size(peak)) for name, peak in by_client.items())]
+        # One row more, for the head.
         section.folded.append(Table("Memory by client", rows[: MOST_ROWS + 1]))
     return section
 

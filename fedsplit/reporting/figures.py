@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 WIDTH = 5.0
 """Width of a figure in inches, about that of a phone's screen at the size of the text."""
 
+# matplotlib knows no CSS variables. Each stand-in is a colour that no figure would choose, so that `_themed` finds
+# the stand-in in the SVG and nothing else.
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
 """Stand for the style sheet's colours of text, of what is less important, and of rules."""
 
@@ -148,6 +150,7 @@ def _draw_line(axes: Axes, line: Line) -> tuple[str, float, str]:
     colour = SERIES[line.look % len(SERIES)]
     # Shifted after each turn of the colours, so that lines of one colour and one marker have other dashes.
     style = _DASHES[(line.look + line.look // len(SERIES)) % len(_DASHES)]
+    # Markers on every point of a long line would hide the dashes.
     every = max(1, len(xs) // MOST_MARKERS)
     marker = _MARKERS[line.look % len(_MARKERS)]
     axes.plot(xs, ys, color=colour, linestyle=style, marker=marker, markevery=every)
@@ -164,6 +167,7 @@ def _cut(name: str) -> str:
 
 def _fit(figure: Figure, axes: Axes, characters: int) -> None:
     """Leaves room at the right for names of some characters, and below for the labels."""
+    # About 4.8 points a character at a font size of 8.5, and 10 between axes and name. An inch has 72 points.
     right = 1 - (4.8 * characters + 10) / (72 * WIDTH)
     figure.subplots_adjust(left=0.105, right=right, top=0.91, bottom=0.16)
 
@@ -201,6 +205,7 @@ def panels(series: Mapping[str, Mapping[str, Points]], ylabel: Callable[[float],
     from matplotlib.ticker import MaxNLocator
 
     columns = min(2, len(series))
+    # Rounded up.
     rows = -(-len(series) // columns)
 
     def draw(figure: Figure) -> None:
@@ -212,8 +217,10 @@ def panels(series: Mapping[str, Mapping[str, Points]], ylabel: Callable[[float],
             axes.yaxis.set_major_formatter(lambda value, _: ylabel(value))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            # The words stand below the lowest panel of each column only.
             if place + columns >= len(series):
                 axes.set_xlabel(xlabel)
+        # An odd number of panels leaves a place without one, whose empty axes would be drawn.
         for place in range(len(series), rows * columns):
             grid[place // columns][place % columns].set_axis_off()
         figure.subplots_adjust(
@@ -260,11 +267,14 @@ def bars(values: Mapping[str, Sequence[float]], write: Callable[[float], str], p
             left = [start + length for start, length in zip(left, lengths, strict=True)]
         axes.set_yticks(range(len(names)), [_cut(name) for name in names])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
+        # matplotlib counts rows from below. The first name belongs at the top.
         axes.invert_yaxis()
         axes.grid(False)
         axes.spines[["bottom"]].set_visible(False)
         axes.set_xticks([])
+        # Bars without any length would leave the axis without a range.
         longest = max(left) or 1.0
+        # Leaves room for the value at the end of the longest bar.
         axes.set_xlim(0, longest * 1.28)
         for place, name in enumerate(names):
             words = " + ".join(write(length) for length in values[name])
@@ -307,6 +317,7 @@ def bubbles(values: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -
         axes.set_yticks(range(len(rows)), [_cut(row) for row in rows])
         axes.set_xticks(range(len(columns)), [_cut(column) for column in columns], rotation=55, ha="right")
         axes.set_xlim(-0.6, len(columns) - 0.4)
+        # From the last row to the first, since matplotlib counts from below.
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(True, axis="both")
         axes.tick_params(length=0)
@@ -329,9 +340,11 @@ def _svg(draw: Callable[[Figure], None], height: float) -> str:
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height))
+        # Gives the figure a canvas without pyplot, which would keep all figures and might look for a screen.
         FigureCanvasSVG(figure)
         draw(figure)
         buffer = io.StringIO()
+        # A date would make two files of equal figures unequal. The other entries are the same in all figures.
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return _themed(buffer.getvalue())
@@ -356,6 +369,8 @@ _SUPERFLUOUS = (
     re.compile(r' (?:width|height)="[\d.]+pt"'),
     re.compile(r" font-family: [^;\"]*;"),
     re.compile(r'(?<=<g) id="[^"]*"'),
+    # Upright text is written as turned by -0 degrees.
     re.compile(r' transform="rotate\(-0 [^"]*"'),
 )
+# matplotlib begins the names of markers with m, of clips with p and of hatches with h.
 _REFERENCE = re.compile(r"""((?:id="|href="#|url\(#))([mph][0-9a-f]+)""")

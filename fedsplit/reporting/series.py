@@ -113,10 +113,12 @@ def loss_against(run: RunRecord, what: str) -> Points:
         if what == "bytes":
             spent += training_bytes(numbers(event.get("bytes")))
         else:
+            # `elapsed` counts from the start of the command, so that nothing is added up.
             spent = number(event.get("elapsed")) or spent
         spent_by_round[event["round"]] = spent
     points = []
     for round, loss in losses(run).held_out:
+        # A killed run may lack the costs of its last evaluation.
         if int(round) in spent_by_round:
             points.append((spent_by_round[int(round)], loss))
     return points
@@ -214,6 +216,8 @@ def by_block(layers: Mapping[str, float]) -> dict[str, Points]:
     """
     found: dict[str, Points] = {}
     for layer, value in layers.items():
+        # The first number in a name is the block. Numbers further behind, such as those of experts, stay in the
+        # projection's name.
         match = re.search(r"(?:^|\.)(\d{1,6})\.(.+)$", layer)
         if match is not None:
             found.setdefault(match[2], []).append((float(match[1]), value))

@@ -34,6 +34,7 @@ def compared(runs: Sequence[RunRecord], baseline: RunRecord | None = None) -> Pa
         runs: At least two runs.
         baseline: Run to compare the losses with; None for none.
     """
+    # Before `distinct`, since one of the notices names folders that were given twice.
     lines = notices(runs)
     runs, _ = distinct(runs)
     groups = groups_of(runs)
@@ -73,12 +74,14 @@ def _columns(runs: Sequence[RunRecord]) -> dict[str, tuple[Read, Write]]:
     """Returns the columns of the comparison: how to read a number of a run, and how to write it."""
 
     def loss(when: str) -> Read:
+        # A run that has not ended has no summary. The losses measured so far stand in.
         return lambda run: numbers(run.summary.get("eval_loss")).get(when) or _measured(run, when)
 
     found: dict[str, tuple[Read, Write]] = {
         "loss before": (loss("before"), "{:.4f}".format),
         "loss after": (loss("after"), "{:.4f}".format),
     }
+    # Perplexity is the exponential of a loss by token, and of no other loss.
     if {unit_of(run) for run in runs} == {"nats a token"}:
         found["perplexity"] = (_perplexity, "{:.2f}".format)
     if any("accuracy" in run.summary for run in runs):
@@ -90,6 +93,7 @@ def _columns(runs: Sequence[RunRecord]) -> dict[str, tuple[Read, Write]]:
     found["bytes"] = (_bytes, size)
     found["seconds"] = (lambda run: number(run.summary.get("wall_seconds")), "{:,.1f}".format)
     found["tokens/s"] = (lambda run: number(run.summary.get("tokens_per_second")), "{:,.0f}".format)
+    # A column that no run has a value for is left out.
     return {name: column for name, column in found.items() if any(column[0](run) is not None for run in runs)}
 
 
@@ -135,6 +139,7 @@ def _averaged(series: Sequence[Points]) -> tuple[Points, list[float]]:
 
     The series are of equal experiments: their points are paired by their places, and x is averaged, too.
     """
+    # A run that ended early has fewer points. Means are over points that all runs have.
     shortest = min(map(len, series))
     points: Points = []
     deviations = []
@@ -155,6 +160,7 @@ def _lines(groups: Sequence[Group], read: Callable[[RunRecord], Points], scale: 
             continue
         points, deviations = _averaged(series)
         scaled = [(x / scale, y) for x, y in points]
+        # Further lines could not be told apart, and are drawn thin in the background.
         drawn.append(Line(group.label, scaled, look=look if look < MOST_LINES else None, spread=deviations))
     return drawn
 
@@ -250,6 +256,7 @@ def _norm(run: RunRecord) -> float | None:
 def _settings(runs: Sequence[RunRecord]) -> Section:
     """Returns the section on the settings in which the runs differ."""
     section = Section("Settings that differ")
+    # Seeds make no group, and a reader still wants to see which were used.
     unlike = {name: values for name, values in differing(runs).items() if name == "seed" or name not in UNLIKE}
     rows: list[Sequence[str]] = [("", *unlike)]
     for place, run in enumerate(runs):

@@ -171,6 +171,7 @@ def _loss_by_round(found: Losses, baseline: RunRecord | None, unit: str) -> Pict
 def _loss_by_client(found: Losses, unit: str) -> Picture:
     """Returns the figure of the clients' held-out losses, by round."""
     ylabel = f"held-out loss ({unit})"
+    # Behind the clients in the list and so above them in the figure.
     everybody = Line("all", found.held_out, look=0)
     if len(found.clients) <= MOST_LINES:
         drawn = [Line(name, points) for name, points in found.clients.items()]
@@ -184,6 +185,7 @@ def _loss_by_client(found: Losses, unit: str) -> Picture:
     ordered = [(round, sorted(values)) for round, values in sorted(by_round.items())]
     lowest = [(round, values[0]) for round, values in ordered]
     highest = [(round, values[-1]) for round, values in ordered]
+    # The upper one of two middle values: the line is always the loss of a client, and no mean of two.
     median = [(round, values[len(values) // 2]) for round, values in ordered]
     drawn = [Line("highest", highest), Line("lowest", lowest), Line("median client", median, look=1), everybody]
     svg = figures.lines(drawn, "round", ylabel, band=(lowest, highest))
@@ -198,6 +200,7 @@ def _metrics(run: RunRecord) -> list[Picture]:
         values = numbers(event.get("metrics"))
         accuracy = number(event.get("accuracy"))
         if accuracy is not None:
+            # The accuracy comes first. A metric of the user's with this name replaces the value.
             values = {"accuracy": accuracy, **values}
         for name, value in values.items():
             by_metric.setdefault(name, []).append((float(event["round"]), value))
@@ -269,6 +272,7 @@ def data_section(run: RunRecord) -> Section:
     section.pictures.append(Picture("Sequences by client", svg))
     kinds = sorted({kind for of_client in shares.values() for kind in of_client})
     is_mixed = any(len(of_client) > 1 for of_client in shares.values())
+    # Discs show nothing where each client has one kind only, and are too small to see where there are many.
     if is_mixed and len(counts) <= MOST_BARS and 1 < len(kinds) <= MOST_BARS:
         svg = figures.bubbles(shares, kinds)
         section.pictures.append(Picture(f"Who holds what, by {by}", svg, "A disc's area is the number of sequences."))

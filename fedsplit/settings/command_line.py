@@ -74,8 +74,10 @@ class Parser(argparse.ArgumentParser):
                 elif lifted is None:
                     lifted = _made_optional(action for action in self._every_action() if action.required)
                 else:
+                    # The rest cannot be read at all, such as flags without the name of a subcommand.
                     check_all(errors)
         vars(flags).pop("debug", None)  # `exit_code` looks for it in the command line itself
+        # A required flag that is missing has no value that a check may read.
         refused |= {dest for dest in lifted or () if vars(flags).get(dest) is None}
         return Call(unreadable(flags, refused), {}, rest, errors, refused)
 

@@ -437,6 +437,7 @@ def as_document(config: Config) -> dict[str, Any]:
         if setting.item_type is not None:
             table[setting.field] = list(table[setting.field])
     if len(config.lora.rank) == 1:
+        # A single rank is a number in the file, as a user writes one.
         document["lora"]["rank"] = config.lora.rank[0]
     return document
 

@@ -273,9 +273,11 @@ def settle_draft(values: Mapping[str, object], options: Options, file: Path | No
     run = values.get("resume")
     if run:
         own_file = Path(str(run)) / "config.toml"
+        # `samefile` raises an error for a file that is missing.
         is_own = file is not None and isfile(file) and isfile(own_file) and file.samefile(own_file)
         with collector.collecting():
             _check_unchanged(values, options, None if is_own else file, run)
+        # All others are refused above, and must cause no further errors.
         values = {name: value for name, value in values.items() if name in MAY_DIFFER}
         options = {setting: keywords for setting, keywords in options.items() if setting in MAY_DIFFER}
         file = own_file

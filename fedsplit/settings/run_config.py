@@ -55,6 +55,7 @@ def words_of(run_config: Mapping[str, Value], nodes: int) -> list[str]:
     sets_clients = bool(run_config.get("clients", 0)) or any(word.partition("=")[0] == "--clients" for word in flags)
     goes_on = any(word.partition("=")[0] in ("--resume", "--config") for word in flags)
     if not sets_clients and not goes_on:  # the run, or the file, has a number of its own
+        # A flag would win over the number in the file.
         words.append(f"--clients={nodes}")
     for key, value in run_config.items():
         if key == FLAGS or (key == "clients" and not value):

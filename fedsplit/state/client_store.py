@@ -72,6 +72,7 @@ class ClientStore:
         path = round_file(self.folder, round)
         if path.exists():
             return ClientState(**unpack(load_tensors(path)))
+        # Round 0 is the start, before which no client has saved anything.
         if round and self.folder.exists():
             raise LostState(f"{self.folder} has nothing of round {round}, which the server has accepted")
         return ClientState()

@@ -62,6 +62,7 @@ def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baselin
     Returns:
         A line for each measure and point. A point whose runs have all failed has lines without values.
     """
+    # The loss comes first, and has a table even if all runs have failed.
     by_measure: dict[str, dict[str, dict[int, float]]] = {LOSS: {}}
     with_result = {run.label for run in runs}
     for run in runs:
@@ -73,6 +74,7 @@ def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baselin
             if label not in by_label and label in with_result:  # its runs do not have this measure
                 continue
             values = by_label.get(label, {})
+            # Replaced values keep the places of their axes, so that the label is that of a point of the study.
             partner = label_of({**point, **baseline}) if baseline and measure not in UNTESTED else label
             test = None if partner == label else compare(values, by_label.get(partner, {}))
             lines.append(Line(label, measure, values, spread(list(values.values())), partner if test else "", test))

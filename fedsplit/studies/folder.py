@@ -114,6 +114,7 @@ def settings_for(folder: Path, config: Config) -> Config:
     Raises:
         InputError: The settings of the stopped run cannot be read.
     """
+    # A run without a folder of checkpoints has nothing to go on from, and begins again.
     is_begun = (folder / "config.toml").is_file() and (folder / CHECKPOINTS).is_dir()
     if not is_begun:
         return replace(config, out=str(folder))

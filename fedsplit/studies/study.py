@@ -151,12 +151,14 @@ def read_study(path: Path, defaults: Mapping[str, Any]) -> Study:
     collector = ErrorCollector()
     file = read_file(path, collector)
     parts = _parts(file.document, collector)
+    # Points of a broken part would be wrong, and each would repeat its error.
     collector.check()
 
     points = list(_points(parts.grid, parts.variants))
     count = len(points) * len(parts.seeds)
     if count > MOST_RUNS:
         raise InputError(f"{path}: {count:,} runs are not possible; allowed: at most {MOST_RUNS:,}")
+    # There is always a point: a study without axes has one that is empty.
     axes = tuple(points[0])
     of_variants = dict.fromkeys(name for values in parts.variants.values() for name in values)
     columns = dict.fromkeys([*parts.grid, *of_variants])
@@ -246,6 +248,7 @@ def _check_different(name: str, values: Sequence[Any]) -> None:
     """
     seen = set()
     for value in values:
+        # As JSON: a set holds no lists, and would take 1 and true for equal.
         key = json.dumps(value, sort_keys=True, default=str)
         if key in seen:
             raise SettingError(name, shortened(value), "values that are all different; this one is there twice")
@@ -269,6 +272,7 @@ def _variants(document: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str,
         if name in variants:
             raise SettingError("variants", f"{name} twice", "variants whose names are all different")
         own = {key: value for key, value in table.items() if key != "name"}
+        # Wrapped as a table of this name, so that an error names the setting as `variants.…`.
         variants[name] = _table({"variants": own}, "variants")
         for setting in variants[name].keys() & grid.keys():
             words = "a setting of [grid] or of [[variants]], not of both"

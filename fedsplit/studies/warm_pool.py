@@ -98,8 +98,10 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         arguments = (theirs, self.work, self.warm, self.describe)
+        # A daemonic process may have no children. `_end_with_parent` ends the workers in its place.
         process = context.Process(target=_serve, args=arguments, name="worker", daemon=False)
         process.start()
+        # With this end open here, too, the pool would not see when the worker dies.
         theirs.close()
         self._workers.append(_Worker(process, ours))
 
@@ -148,6 +150,7 @@ class Workers:
             worker.connection.close()
             if worker.job is not None:
                 worker.process.terminate()
+        # All have their signal before the first is waited for, so that they end at the same time.
         for worker in self._workers:
             worker.process.join(END_SECONDS)
             if worker.process.is_alive():
@@ -177,6 +180,7 @@ def _serve(connection: Connection, work: Work, warm: Callable[[], object], descr
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What libraries print before the first run would go to the screen of the sweep.
     with open(os.devnull, "wb") as nothing:
         _write_to(nothing.fileno())
     warm()

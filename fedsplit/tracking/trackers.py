@@ -54,6 +54,7 @@ class Tracker(Sink):
         elif self._tracker is not None:
             values = dict(values_of(event))
             if values:
+                # The end of a run has no round, and so no step.
                 self._tracker.log(values, step=getattr(event, "round", None))
 
     def _start(self, event: RunStarted) -> None:
@@ -64,6 +65,7 @@ class Tracker(Sink):
         tracker = self.make(Path(event.folder))
         tracker.start()
         tracker.store_init_configuration(settings_of(event))
+        # Only now: a tracker that fails as it starts gets no values, and has nothing to finish.
         self._tracker = tracker
 
     @abstractmethod
@@ -77,6 +79,7 @@ class Tracker(Sink):
 
     def close(self) -> None:
         """Ends the tracker's run."""
+        # Forgotten before it is finished, so that a second call does nothing.
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             tracker.finish()

@@ -52,6 +52,7 @@ class ControlRequests:
 
     def _drop_old(self) -> None:
         """Drops the oldest replies beyond `_MOST_KEPT`."""
+        # Only requests with a reply are dropped. Somebody waits for each of the others.
         done = [identity for identity, future in self._replies.items() if future.done()]
         for identity in done[: max(0, len(self._replies) - _MOST_KEPT)]:
             del self._replies[identity]

@@ -308,7 +308,12 @@ _RUN = "folder of a finished run"
 _SEVERAL = "folders of finished runs, or of adapters"
 
 
-def _add_folder(parser: argparse.ArgumentParser, name: str, help: str, nargs: str | None = None) -> None:
+def _add_folder(
+    parser: argparse.ArgumentParser,
+    name: str,
+    help: str,
+    nargs: str | None = None,
+) -> None:
     parser.add_argument(name, type=Path, nargs=nargs, metavar="DIR", help=help)
 
 

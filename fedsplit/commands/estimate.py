@@ -142,7 +142,8 @@ def _report(config: Config, workload: Workload, field: Field, flags: argparse.Na
         return lines_of(found, compared)
     others: list[dict[str, Any]] = []
     for one in compared:
-        others.append({**asdict(one), "seconds": {**asdict(one.seconds), "round": one.seconds.round}})
+        seconds = {**asdict(one.seconds), "round": one.seconds.round}
+        others.append({**asdict(one), "seconds": seconds})
     document = {**found.document(), "alternatives": others, "assumptions": assumptions(found)}
     document["warnings"] = warnings(found)
     return [json.dumps(document, indent=2)]

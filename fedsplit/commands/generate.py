@@ -115,7 +115,11 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
 
 
 def _write_batch(
-    job: Job, half: ClientHalf, numbers: Sequence[int], show: Callable[[str], object], throughput: Throughput
+    job: Job,
+    half: ClientHalf,
+    numbers: Sequence[int],
+    show: Callable[[str], object],
+    throughput: Throughput,
 ) -> None:
     """Writes the texts of some prompts as one batch, and shows them in order.
 

@@ -35,7 +35,11 @@ def _show(call: Call) -> list[str]:
     config = build({"network.profile": flags.network, "clients": flags.clients, "seed": flags.seed})
     fleet = read_fleet(config.network.profile)
     # Which numbers the names of clients belong to is known with the data alone: they have rows of their own.
-    by_name = {client: rule.profile for rule in fleet.rules for client in rule.clients if isinstance(client, str)}
+    by_name = {}
+    for rule in fleet.rules:
+        for client in rule.clients:
+            if isinstance(client, str):
+                by_name[client] = rule.profile
     numbered = []
     for rule in fleet.rules:
         numbers = tuple(client for client in rule.clients if isinstance(client, int))
@@ -46,7 +50,8 @@ def _show(call: Call) -> list[str]:
     for name, profile in [*enumerate(profiles), *by_name.items()]:
         rows.append((str(name), *map(plain_number, profile.document().values())))
     links = (plain_number(fleet.trunk.uplink_mbps), plain_number(fleet.trunk.downlink_mbps))
-    rows.append(("trunk", *links, *[""] * (len(RANGES) - len(links))))
+    empty = [""] * (len(RANGES) - len(links))
+    rows.append(("trunk", *links, *empty))
     return aligned(rows)
 
 
@@ -142,7 +147,11 @@ def make_parser() -> Parser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, work: Callable[[Call], list[str]], help: str) -> argparse.ArgumentParser:
+    def command(
+        name: str,
+        work: Callable[[Call], list[str]],
+        help: str,
+    ) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.set_defaults(work=work)
         return added

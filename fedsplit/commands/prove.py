@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(document, indent=2))
         else:
             print(*table(flags.model, family, proof, cuts), sep="\n")
+        # Only after the table, which says what differs.
         if not proof.trains:
             raise InputError(f"model: {flags.model} cannot be cut exactly")
 

@@ -202,8 +202,10 @@ def _play(call: Sequence[str], lock: SiteLock) -> int:
             is still taken.
     """
     # Flower's programs start each other by name. They are beside this Python, which need not be on the path.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    with subprocess.Popen(call, pass_fds=(lock.descriptor,), env={**os.environ, "PATH": path}) as process:
+    beside_python = str(Path(sys.executable).parent)
+    path = os.pathsep.join([beside_python, os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": path}
+    with subprocess.Popen(call, pass_fds=(lock.descriptor,), env=environment) as process:
         try:
             return process.wait()
         finally:

@@ -120,7 +120,8 @@ class Progress:
     @property
     def left(self) -> str:
         """Time left in words, by the runs so far."""
-        seconds = (time.monotonic() - self.started) / self.done * (self.of - self.done)
+        seconds_a_run = (time.monotonic() - self.started) / self.done
+        seconds = seconds_a_run * (self.of - self.done)
         if self.done == self.of:
             return f"{self.done} of {self.of}"
         return f"{self.done} of {self.of}, about {_clock(seconds)} left"
@@ -155,7 +156,11 @@ class Checked:
     result: FinishedRun | None
 
 
-def check(study: Study, out: Path, begin: Callable[[], object] = lambda: None) -> list[Checked]:
+def check(
+    study: Study,
+    out: Path,
+    begin: Callable[[], object] = lambda: None,
+) -> list[Checked]:
     """Checks all runs of a study. The data are read, and no file is written.
 
     Args:
@@ -290,7 +295,13 @@ def _advice(path: Path, out: Path, progress: Progress, checked: Sequence[Checked
     return f"{before + progress.done} of {len(checked)} runs have ended; fedsplit sweep {path} --out {out} goes on"
 
 
-def _play_all(study: Study, checked: Sequence[Checked], out: Path, workers: Workers, progress: Progress) -> int:
+def _play_all(
+    study: Study,
+    checked: Sequence[Checked],
+    out: Path,
+    workers: Workers,
+    progress: Progress,
+) -> int:
     """Plays the runs without a result, and writes what has come out."""
     from fedsplit.studies.comparison_table import FailedRun
     from fedsplit.studies.folder import LOGS, opened
@@ -322,7 +333,8 @@ def _play_all(study: Study, checked: Sequence[Checked], out: Path, workers: Work
                 early.append(each.run.name)
         print(_line(each.run.name, outcome, progress), flush=True)
     # In the order of the study, and not in that in which the runs have ended.
-    _write_results(study, [results[name] for name in by_name if name in results], list(failed.values()), out)
+    in_order = [results[name] for name in by_name if name in results]
+    _write_results(study, in_order, list(failed.values()), out)
     for name, run in failed.items():
         print(f"fedsplit: {name} failed: {run.reason}", file=sys.stderr)
     for name in early:
@@ -351,7 +363,12 @@ def _line(name: str, outcome: Outcome, progress: Progress) -> str:
     return f"{name}  {losses}  {outcome.value['wall_seconds']:.1f} s  {progress.left}"
 
 
-def _write_results(study: Study, results: Sequence[FinishedRun], failed: Sequence[FailedRun], out: Path) -> None:
+def _write_results(
+    study: Study,
+    results: Sequence[FinishedRun],
+    failed: Sequence[FailedRun],
+    out: Path,
+) -> None:
     """Writes the comparison of all runs and the table of those with a result, and prints the comparison of losses."""
     from fedsplit.durable import write_text
     from fedsplit.studies.comparison_table import as_json, comparison, markdown, origin_of
@@ -386,7 +403,8 @@ def _screen(lines: Sequence[Line]) -> Iterator[str]:
     from fedsplit.formatting import aligned
     from fedsplit.studies.comparison_table import remark, tables
 
-    yield from itertools.chain.from_iterable(aligned(rows) for rows in itertools.islice(tables(lines), 1))
+    for rows in itertools.islice(tables(lines), 1):
+        yield from aligned(rows)
     if words := remark(lines):
         yield words
 

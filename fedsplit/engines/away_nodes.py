@@ -24,7 +24,10 @@ class AwayNodes:
     """
 
     def __init__(
-        self, seconds: float, there: Callable[[], Iterable[int]], clock: Callable[[], float] = time.monotonic
+        self,
+        seconds: float,
+        there: Callable[[], Iterable[int]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Starts without a message.
 

@@ -190,7 +190,11 @@ class FlowerClients:
         down, up = (now - then for now, then in zip(self._told, before, strict=True))
         return {"client_files_down": down, "client_files_up": up}
 
-    def _replies(self, messages: Iterable[Message], until: float | None = None) -> Iterator[tuple[int, Message]]:
+    def _replies(
+        self,
+        messages: Iterable[Message],
+        until: float | None = None,
+    ) -> Iterator[tuple[int, Message]]:
         """Sends messages, some at a time, and yields the replies as they arrive, until a deadline.
 
         Yields:

@@ -248,7 +248,12 @@ class PoolGrid(Grid):
         with self._arrived:
             self._arrived.wait_for(lambda: self._replies, seconds)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+    def send_and_receive(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+    ) -> list[Message]:
         """Sends messages, and returns the replies that arrive in time."""
         waiting = set(self.push_messages(messages))
         until = None if timeout is None else time.monotonic() + timeout

@@ -212,7 +212,9 @@ def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[
             config = replace(config, wire=replace(config.wire, tls=tls))
             ray_nodes.check_certificates(nodes, tls)
         is_pinned = config.data.at == "label"
-        home = client_data.homes({node.id: node.labels for node in nodes}, config.clients) if is_pinned else {}
+        home = {}
+        if is_pinned:
+            home = client_data.homes({node.id: node.labels for node in nodes}, config.clients)
         with _session(config, plan, objects, home) as session:
             session.settle()
             workers = Counter(place.node for place in session.pool.places())

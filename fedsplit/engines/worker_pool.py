@@ -102,7 +102,8 @@ class ClientWorker:
 
     def place(self) -> Place:
         """Returns the place of this process."""
-        return Place(ray.get_runtime_context().get_node_id(), os.getpid(), ray.util.get_node_ip_address())
+        node = ray.get_runtime_context().get_node_id()
+        return Place(node, os.getpid(), ray.util.get_node_ip_address())
 
     def play(self, *arguments: Any) -> Any:
         """Does a piece of work."""
@@ -370,7 +371,12 @@ class WorkerPool:
             # All are woken: perhaps only one of them is on the node that the work needs.
             self._changed.notify_all()
 
-    def take(self, place: Place | None, node: str, is_ready: Callable[[], bool]) -> Work | None:
+    def take(
+        self,
+        place: Place | None,
+        node: str,
+        is_ready: Callable[[], bool],
+    ) -> Work | None:
         """Waits for a piece of work. Returns None when the pool closes, or the worker has lost its actor.
 
         Args:

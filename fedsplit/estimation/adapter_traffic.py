@@ -142,7 +142,9 @@ class _Server:
     def _bytes(self, tensors: Mapping[str, Tensor]) -> int:
         """Returns the serialised bytes of tensors, some of which are stand-ins."""
         # `expand` takes no memory.
-        whole = {name: tensor.expand(self._shapes.get(name, tensor.shape)) for name, tensor in tensors.items()}
+        whole = {}
+        for name, tensor in tensors.items():
+            whole[name] = tensor.expand(self._shapes.get(name, tensor.shape))
         return serialised_bytes(whole)
 
     def _bytes_down(self, client: int, assignment: Assignment, round: int) -> int:
@@ -180,7 +182,9 @@ class _Server:
         """Plays a round."""
         ledger = self._ledger
         assigned = self._aggregation.assign(round, self._adapters, self._roster)
-        unavailable = [] if self._clock is None else sorted(self._clock.virtual.unavailable(round, sorted(assigned)))
+        unavailable = []
+        if self._clock is not None:
+            unavailable = sorted(self._clock.virtual.unavailable(round, sorted(assigned)))
         down: dict[int, int] = {}
         up: dict[int, int] = {}
         updates = {}
@@ -206,7 +210,7 @@ class _Server:
 
     def _aggregate(self, round: int, updates: list[ClientUpdate]) -> None:
         """Lets the strategy aggregate updates."""
-        # As in a run: without updates nothing is aggregated, and the log of changes still gets the round.
+        # As in a run: without updates nothing is aggregated, and no change of base weights is news to clients.
         if not updates and not self._aggregation.traits.idles:
             self._ledger.fold(round, {})
             return
@@ -218,7 +222,8 @@ class _Server:
     def to_measure(self) -> RoundOfAdapters:
         """Returns what a client that measures is sent."""
         news = serialised_bytes(pack_changes(self._ledger.news))
-        return RoundOfAdapters(news=news, measured=self._bytes(self._ledger.rule.crosses(self._adapters.tensors)))
+        crossing = self._ledger.rule.crosses(self._adapters.tensors)
+        return RoundOfAdapters(news=news, measured=self._bytes(crossing))
 
     def _update(self, client: int, assignment: Assignment) -> ClientUpdate:
         """Returns an invented update, in which every trained tensor has changed a little."""

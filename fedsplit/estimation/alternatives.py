@@ -93,7 +93,9 @@ def _seconds(found: Estimate, counted: StepTraffic, cut: tuple[int, int]) -> Sec
     if cut != config.bounds:
         of_cut = operations(found.layout, cut, config.train.batch_size)
         dtype = config.dtype
-        compute = StatedCompute(of_cut, found.field.client.speed(dtype), found.field.trunk.speed(dtype))
+        client_speed = found.field.client.speed(dtype)
+        trunk_speed = found.field.trunk.speed(dtype)
+        compute = StatedCompute(of_cut, client_speed, trunk_speed)
     clock = Clock(parties, counted, compute, LIMITS)
     return seconds_of(config, clock, found.adapters[-1])
 
@@ -170,5 +172,9 @@ def shown(found: Estimate, compared: Sequence[Alternative]) -> list[Alternative]
         choice = (one.cut, one.codec, one.micro_batches)
         differences = sum(mine != other for mine, other in zip(own, choice, strict=True))
         if differences <= 1:
-            chosen.append((differences, one.codec != own[1], one.micro_batches != own[2], one))
-    return [one for *_, one in sorted(chosen, key=lambda entry: (*entry[:3], entry[3].cut, entry[3].micro_batches))]
+            has_other_codec = one.codec != own[1]
+            has_other_micros = one.micro_batches != own[2]
+            chosen.append((differences, has_other_codec, has_other_micros, one))
+    # The run itself, then other cuts, then other codecs, then other numbers of micro-batches.
+    chosen.sort(key=lambda entry: (*entry[:3], entry[3].cut, entry[3].micro_batches))
+    return [one for *_, one in chosen]

@@ -124,11 +124,11 @@ def _bytes(found: Estimate) -> list[str]:
     """Returns the table of bytes by kind and direction."""
     traffic = found.traffic
     columns = [traffic.step, traffic.rounds[-1], traffic.run]
-    # A kind in a direction that nothing crosses in would be a row of dashes.
     rows: list[tuple[str, ...]] = [("bytes", "a client's step", "a round of all", "the run")]
     for kind, words in _KINDS.items():
         for direction in ("up", "down"):
             values = [column[f"{kind}_{direction}"] for column in columns]
+            # A row of dashes would tell nothing.
             if any(values):
                 rows.append((f"  {words} {direction}", *(size(value) if value else "-" for value in values)))
     for direction in ("up", "down"):

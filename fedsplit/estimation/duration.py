@@ -77,9 +77,8 @@ def seconds_of(config: Config, clock: Clock, adapters: RoundOfAdapters) -> Secon
     alone = clock.alone(pace)
     in_crowd = training.phase.spent.get(pace, alone)
     # The same round without the others, adapters included.
-    own_down, own_up = (
-        {client: sent[client] for client in busy if client == pace} for sent in (adapters.down, adapters.up)
-    )
+    own_down = {client: adapters.down[client] for client in busy if client == pace}
+    own_up = {client: adapters.up[client] for client in busy if client == pace}
     without_others = clock.training(config.rounds, own_down, own_up).phase.spent.get(pace, alone)
     return Seconds(
         _busy(alone),

@@ -170,6 +170,7 @@ def counts_of(parties: Parties, kinds: Sequence[Kind]) -> Counts:
                     continue
                 parameters += parameter.numel()
                 if name in own:
+                    # Adapters are float32, whatever the type of computation.
                     adapters += parameter.numel() * 4
                     trainable += parameter.numel() * (parameter.requires_grad and gets_gradient)
                 else:

@@ -30,7 +30,12 @@ class Emitter:
         8 clients in 2 processes
     """
 
-    def __init__(self, own: Sequence[Sink], users: Sequence[Sink] = (), watchdog: Watchdog | None = None) -> None:
+    def __init__(
+        self,
+        own: Sequence[Sink],
+        users: Sequence[Sink] = (),
+        watchdog: Watchdog | None = None,
+    ) -> None:
         """Takes the sinks.
 
         Args:
@@ -50,6 +55,7 @@ class Emitter:
                 sink.handle(event)
             except Postponed as postponed:
                 self(Notice(text=str(postponed), warning=True))
+        # A copy, since a sink that fails leaves the list.
         for sink in list(self._users):
             self._try(sink, lambda sink=sink: sink.handle(event))  # type: ignore[misc]
 

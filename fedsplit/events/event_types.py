@@ -15,7 +15,12 @@ Cause = Literal["unavailable", "late", "surplus"]
 """Steps of a run in which the server waits for its clients."""
 
 
-def reported(help: str, unit: str = "", default: Any = dataclasses.MISSING, omitted: bool = False) -> Any:
+def reported(
+    help: str,
+    unit: str = "",
+    default: Any = dataclasses.MISSING,
+    omitted: bool = False,
+) -> Any:
     """Declares a field of an event.
 
     Args:

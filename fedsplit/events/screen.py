@@ -166,6 +166,7 @@ class PlainScreen:
 
     def line(self, text: str) -> None:
         """Prints a line as it is."""
+        # Texts may have brackets, which rich would take for markup. Lines are not broken, so that they can be copied.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:

@@ -43,7 +43,12 @@ def _items(table: object, what: str) -> list[tuple[str, Mapping[str, Any]]]:
     return sorted((str(name), one) for name, one in table.items())
 
 
-def _drawn(pool: Sequence[Any], clients: int, seed: int, what: str) -> list[Any]:
+def _drawn(
+    pool: Sequence[Any],
+    clients: int,
+    seed: int,
+    what: str,
+) -> list[Any]:
     """Returns one entry for each client, drawn from the seed without repetition as long as there are enough."""
     generator = random.Random(derive_seed(seed, "device traces", what))
     shuffled = generator.sample(list(pool), len(pool))
@@ -115,7 +120,7 @@ def _share(intervals: Sequence[Any], start: float, end: float, name: str) -> flo
     covered = 0.0
     for interval in intervals:
         is_pair = isinstance(interval, list | tuple) and len(interval) == 2
-        # A trace is a stranger's file: NaN and infinity would pass every comparison below.
+        # NaN and infinity are floats, too, and a trace is a stranger's file.
         if not is_pair or not all(isinstance(edge, int | float) and math.isfinite(edge) for edge in interval):
             raise InputError(f"a time of device {name} is {shortened(interval)}, not a pair of numbers")
         first, last = interval
@@ -212,4 +217,5 @@ def _document(rows: Sequence[Mapping[str, float]], rtt_ms: float) -> Document:
     # A network file must have a default, though each client has a table of its own here.
     first = rows[0]
     default = {"uplink_mbps": first["uplink_mbps"], "downlink_mbps": first["downlink_mbps"], "rtt_ms": rtt_ms}
-    return {"default": default, "clients": [{"clients": [client], **row} for client, row in enumerate(rows)]}
+    tables = [{"clients": [client], **row} for client, row in enumerate(rows)]
+    return {"default": default, "clients": tables}

@@ -223,7 +223,11 @@ class _ClientRun:
         yield from self._carry_alone(self._uplink, phase.bytes_up, "wire_up")
         self.arrival = self._env.now
 
-    def _batch(self, crossings: Sequence[Crossing], references: Mapping[tuple[int, int, int], Crossing]) -> Steps:
+    def _batch(
+        self,
+        crossings: Sequence[Crossing],
+        references: Mapping[tuple[int, int, int], Crossing],
+    ) -> Steps:
         """Plays one batch of a step, as `SplitStep._cross` does, and the clipping coefficient behind it."""
         forwards = [one for one in crossings if one.kind == "forward"]
         backwards = {one.micro: one for one in crossings if one.kind == "backward"}
@@ -281,7 +285,9 @@ class _ClientRun:
             task: The trunk's computation; None for none.
         """
         seconds = self._compute.seconds(task, crossing.rows, crossing.length) if task else 0.0
-        job = Job(crossing, seconds, self._env.event(), self._env.event(), sent=self._env.now)
+        returned = self._env.event()
+        served = self._env.event()
+        job = Job(crossing, seconds, returned, served, sent=self._env.now)
         self._env.process(self._travel(job))
         return job
 

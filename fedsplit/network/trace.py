@@ -88,7 +88,11 @@ class Trace:
         return taken
 
 
-def settled(crossings: Iterable[Crossing], round: int, clients: Collection[int]) -> dict[int, list[Crossing]]:
+def settled(
+    crossings: Iterable[Crossing],
+    round: int,
+    clients: Collection[int],
+) -> dict[int, list[Crossing]]:
     """Returns the crossings of each client's last attempt in a fixed order.
 
     Args:
@@ -128,6 +132,8 @@ def joined_stages(stages: Sequence[Sequence[Crossing]]) -> tuple[Crossing, ...]:
         highest = highest_by_place.get((lowest.place, lowest.attempt))
         if highest is None:  # the last message of a client that was lost has not passed all stages
             continue
-        up, down = (highest.up, lowest.down) if lowest.kind == "backward" else (lowest.up, highest.down)
+        is_backward = lowest.kind == "backward"
+        up = highest.up if is_backward else lowest.up
+        down = lowest.down if is_backward else highest.down
         joined.append(dataclasses.replace(lowest, up=up, down=down))
     return tuple(joined)

@@ -82,7 +82,13 @@ class TrunkQueue:
     `accumulate`, a client with enough steps waits until all active clients have made as many.
     """
 
-    def __init__(self, env: simpy.Environment, discipline: Discipline, clients: Collection[int], clips: bool) -> None:
+    def __init__(
+        self,
+        env: simpy.Environment,
+        discipline: Discipline,
+        clients: Collection[int],
+        clips: bool,
+    ) -> None:
         """Starts without messages.
 
         Args:
@@ -109,7 +115,6 @@ class TrunkQueue:
     def leave(self, client: int) -> None:
         """Ends the training of a client. Nobody waits for the client from then on."""
         self._active.discard(client)
-        # A client that has left must not count at the next barrier.
         self._contributed.pop(client, None)
         self._serve()
 

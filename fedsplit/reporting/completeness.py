@@ -25,7 +25,11 @@ def missing_events(run: RunRecord) -> Iterator[str]:
     if not has_events or type(last) is not int or not 0 <= last <= MOST_ROUNDS:
         return
     # A round in which all clients rest aggregates nothing, so that no `aggregate` is due.
-    due = {"train": range(1, last + 1), "evaluate": _evaluated(run.settings, last), "cost": range(last + 1)}
+    due = {
+        "train": range(1, last + 1),
+        "evaluate": _evaluated(run.settings, last),
+        "cost": range(last + 1),
+    }
     lacking = []
     for name, rounds in due.items():
         found = {event["round"] for event in run.of(name)}

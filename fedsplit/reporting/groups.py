@@ -62,7 +62,8 @@ def groups_of(runs: Sequence[RunRecord]) -> list[Group]:
     found: dict[tuple[str, ...], list[RunRecord]] = {}
     for place, run in enumerate(runs):
         alone = () if run.settings else (str(run.folder),)
-        found.setdefault((*(values[place] for values in unlike.values()), *alone), []).append(run)
+        of_run = [values[place] for values in unlike.values()]
+        found.setdefault((*of_run, *alone), []).append(run)
     names = [_name(list(unlike), values, members) for values, members in found.items()]
     # Some groups are named after a run, and runs in different folders may have one name.
     if len(set(names)) < len(names):

@@ -118,7 +118,10 @@ def _document(path: Path, notes: list[str], without: str) -> dict[str, Any]:
     return document
 
 
-def _events(path: Path, notes: list[str]) -> dict[str, list[Mapping[str, Any]]]:
+def _events(
+    path: Path,
+    notes: list[str],
+) -> dict[str, list[Mapping[str, Any]]]:
     """Reads the events of metrics.jsonl by name. Broken lines, as of a killed run, are left out and counted."""
     try:
         # A few bytes that are no UTF-8 must not cost all other events.

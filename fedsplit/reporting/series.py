@@ -166,7 +166,11 @@ def seconds_by_round(run: RunRecord) -> dict[str, Points]:
     """Returns the seconds of a run by phase and round. Phases without any second are left out."""
     found = {}
     for phase, words in PHASES.items():
-        points = [(float(event["round"]), numbers(event.get("seconds")).get(phase, 0.0)) for event in run.of("cost")]
+        points = []
+        for event in run.of("cost"):
+            round = float(event["round"])
+            of_phases = numbers(event.get("seconds"))
+            points.append((round, of_phases.get(phase, 0.0)))
         if any(seconds for _, seconds in points):
             found[words] = points
     return found

@@ -153,7 +153,10 @@ def _scaled(points: Points, scale: float) -> Points:
 
 def _loss_by_round(found: Losses, baseline: RunRecord | None, unit: str) -> Picture:
     """Returns the figure of the losses over all clients, by round."""
-    drawn = [Line("held-out", found.held_out, look=0), Line("training", found.training, look=1)]
+    drawn = [
+        Line("held-out", found.held_out, look=0),
+        Line("training", found.training, look=1),
+    ]
     caption = "Held-out loss over all clients, and mean training loss."
     if found.own:
         drawn.append(Line("before aggregation", found.own, look=2))
@@ -171,7 +174,7 @@ def _loss_by_round(found: Losses, baseline: RunRecord | None, unit: str) -> Pict
 def _loss_by_client(found: Losses, unit: str) -> Picture:
     """Returns the figure of the clients' held-out losses, by round."""
     ylabel = f"held-out loss ({unit})"
-    # Behind the clients in the list and so above them in the figure.
+    # Drawn last, and so above the lines of the clients.
     everybody = Line("all", found.held_out, look=0)
     if len(found.clients) <= MOST_LINES:
         drawn = [Line(name, points) for name, points in found.clients.items()]
@@ -187,7 +190,12 @@ def _loss_by_client(found: Losses, unit: str) -> Picture:
     highest = [(round, values[-1]) for round, values in ordered]
     # The upper one of two middle values: the line is always the loss of a client, and no mean of two.
     median = [(round, values[len(values) // 2]) for round, values in ordered]
-    drawn = [Line("highest", highest), Line("lowest", lowest), Line("median client", median, look=1), everybody]
+    drawn = [
+        Line("highest", highest),
+        Line("lowest", lowest),
+        Line("median client", median, look=1),
+        everybody,
+    ]
     svg = figures.lines(drawn, "round", ylabel, band=(lowest, highest))
     caption = f"The range of the {len(found.clients)} clients, the median client, and the loss over all of them."
     return Picture("Loss by client", svg, caption)
@@ -327,11 +335,14 @@ def aggregation_section(run: RunRecord) -> Section:
             continue
         drawn = [Line(name, points, look=look) for look, (name, points) in enumerate(blocks.items())]
         caption = "In the last round." if values is of_layers else "Of the adapter that the run left."
-        section.pictures.append(Picture(title, figures.lines(drawn[:MOST_LINES], "block", "", None), caption))
+        svg = figures.lines(drawn[:MOST_LINES], "block", "", None)
+        section.pictures.append(Picture(title, svg, caption))
     if of_layers or norms:
         rows = [("layer", "aggregation error", "norm")]
         for layer in {**of_layers, **norms}:
-            rows.append((layer, _or_dash(of_layers.get(layer), ".4g"), _or_dash(norms.get(layer), ".4g")))
+            error = _or_dash(of_layers.get(layer), ".4g")
+            norm = _or_dash(norms.get(layer), ".4g")
+            rows.append((layer, error, norm))
         section.folded.append(Table("Layers", rows[: MOST_ROWS + 1]))
     return section
 
@@ -345,7 +356,8 @@ def troubles(run: RunRecord) -> Section:
         for event in run.of(name):
             refused = " (refused)" if event.get("refused") is True else ""
             client = text(event.get("client_name"))
-            rows.append((str(event["round"]), f"{what}{refused}", client, text(event.get("reason"), 300)))
+            reason = text(event.get("reason"), 300)
+            rows.append((str(event["round"]), f"{what}{refused}", client, reason))
     if len(rows) > 1:
         section.tables.append(Table("", rows[: MOST_ROWS + 1], _left_out(rows), is_words=True))
     return section

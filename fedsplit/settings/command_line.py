@@ -34,7 +34,11 @@ class Parser(argparse.ArgumentParser):
         # Without a default, as a parser of a subcommand would overwrite what the parser above it has read.
         self.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
 
-    def read(self, argv: Sequence[str] | None = None, options: Collection[str] = ()) -> Call:
+    def read(
+        self,
+        argv: Sequence[str] | None = None,
+        options: Collection[str] = (),
+    ) -> Call:
         """Parses a command line. Wrong flags are part of the result, so that the other flags can still be checked.
 
         Args:
@@ -81,7 +85,10 @@ class Parser(argparse.ArgumentParser):
         refused |= {dest for dest in lifted or () if vars(flags).get(dest) is None}
         return Call(unreadable(flags, refused), {}, rest, errors, refused)
 
-    def _without_empty_flags(self, words: Sequence[str]) -> tuple[list[str], list[InputError], set[str]]:
+    def _without_empty_flags(
+        self,
+        words: Sequence[str],
+    ) -> tuple[list[str], list[InputError], set[str]]:
         """Takes out the flags that lack their value.
 
         Args:

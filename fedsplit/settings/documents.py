@@ -144,6 +144,7 @@ def _object(setting: str, value: object) -> str:
         raise TypeError
     _check_times(setting, value)
     # Sorted, so that the order of the fields is no difference between two runs.
+    # JSON has no NaN, which is refused.
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
@@ -282,6 +283,7 @@ def draft(values: Mapping[str, object], tables: Mapping[str, Any]) -> Draft:
 
     sections: dict[str, Any] = {name: cls(**fields[name]) for name, cls in SECTIONS.items()}
     tables_of_config: dict[str, Any] = options
+    # Wrong settings have their defaults at first, and lose them in the draft.
     config = Config(**fields[""], **sections, **tables_of_config)
     is_default = not any(fields.values()) and not any(options.values())
     return Draft(without(config, wrong), collector.errors, is_default)
@@ -435,6 +437,7 @@ def as_document(config: Config) -> dict[str, Any]:
     for setting in SETTINGS.values():
         table = document[setting.section] if setting.section else document
         if setting.item_type is not None:
+            # As TOML reads them back, which has no tuples.
             table[setting.field] = list(table[setting.field])
     if len(config.lora.rank) == 1:
         # A single rank is a number in the file, as a user writes one.

@@ -181,6 +181,7 @@ def make_parser() -> Parser:
         prog="python -m fedsplit.simulate",
         description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
         allow_abbrev=False,  # an abbreviation could mean another flag in the next version
+        # A default here would look like a flag that was given, and win over the file.
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over the file")
@@ -296,13 +297,20 @@ def settle_draft(values: Mapping[str, object], options: Options, file: Path | No
         file_options["sinks"] = {}
     tables = {}
     for name in OPTIONS:
-        tables[name] = merged(file_options.get(name, {}), options.get(name, {}), name)
+        lower = file_options.get(name, {})
+        higher = options.get(name, {})
+        tables[name] = merged(lower, higher, name)
     made = draft({**file_values, **values}, tables)
     collector.extend(made.errors)
     return Draft(without(made.config, unknown), collector.errors, made.is_default)
 
 
-def _check_unchanged(values: Mapping[str, object], options: Options, file: Path | None, run: object) -> None:
+def _check_unchanged(
+    values: Mapping[str, object],
+    options: Options,
+    file: Path | None,
+    run: object,
+) -> None:
     """Makes sure that a run can go on, and that only settings are set that may differ.
 
     Raises:

@@ -50,7 +50,11 @@ class FailedRun:
     reason: str
 
 
-def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baseline: Point) -> list[Line]:
+def comparison(
+    runs: Sequence[FinishedRun],
+    points: Mapping[str, Point],
+    baseline: Point,
+) -> list[Line]:
     """Compares the points of a study.
 
     Args:
@@ -77,7 +81,8 @@ def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baselin
             # Replaced values keep the places of their axes, so that the label is that of a point of the study.
             partner = label_of({**point, **baseline}) if baseline and measure not in UNTESTED else label
             test = None if partner == label else compare(values, by_label.get(partner, {}))
-            lines.append(Line(label, measure, values, spread(list(values.values())), partner if test else "", test))
+            compared_with = partner if test else ""
+            lines.append(Line(label, measure, values, spread(list(values.values())), compared_with, test))
     return lines
 
 
@@ -170,7 +175,10 @@ def origin_of(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     origin: dict[str, Any] = {}
     for key in ORIGIN:
         found = [run.summary.get(key) for run in runs]
-        origin[key] = found[0] if found and all(each == found[0] for each in found) else MIXED if found else None
+        are_alike = all(each == found[0] for each in found)
+        origin[key] = None
+        if found:
+            origin[key] = found[0] if are_alike else MIXED
     origin["runs"] = [
         {"name": run.name, "label": run.label, "seed": run.seed}
         | {key: run.summary.get(key) for key in ("date", "git", "versions")}
@@ -180,7 +188,10 @@ def origin_of(runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
 
 def as_json(
-    lines: Sequence[Line], study: Mapping[str, Any], origin: Mapping[str, Any], failed: Sequence[FailedRun] = ()
+    lines: Sequence[Line],
+    study: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    failed: Sequence[FailedRun] = (),
 ) -> str:
     """Returns a comparison as JSON, with all that a reader needs to judge it.
 

@@ -84,7 +84,8 @@ def name_of_run(label: str, seed: int, config: Config) -> str:
         'fedavg-lora.rank-4-seed-0'
     """
     words = re.sub(r"[^\w.+]+", "-", label, flags=re.ASCII).strip("-.")[:_LONGEST]
-    return "-".join([*([words] if words else []), f"seed-{seed}", digest_of(config)[:8]])
+    pieces = [words] if words else []
+    return "-".join([*pieces, f"seed-{seed}", digest_of(config)[:8]])
 
 
 def finished(folder: Path, label: str, seed: int) -> FinishedRun | None:

@@ -166,7 +166,8 @@ def read_study(path: Path, defaults: Mapping[str, Any]) -> Study:
     with collector.collecting():
         baseline = _baseline(file.document.get("baseline"), points, axes)
     common = {**defaults, **parts.common}
-    return Study(tuple(_runs(points, parts, common)), axes, tuple(columns), baseline, file, collector.errors)
+    runs = tuple(_runs(points, parts, common))
+    return Study(runs, axes, tuple(columns), baseline, file, collector.errors)
 
 
 @dataclass
@@ -196,7 +197,11 @@ def _parts(document: Mapping[str, Any], collector: ErrorCollector) -> _Parts:
     return parts
 
 
-def _runs(points: Sequence[Point], parts: _Parts, common: Mapping[str, Any]) -> Iterator[PlannedRun]:
+def _runs(
+    points: Sequence[Point],
+    parts: _Parts,
+    common: Mapping[str, Any],
+) -> Iterator[PlannedRun]:
     """Yields the runs: all points with the first seed, and so on."""
     for seed in parts.seeds:
         for point in points:
@@ -255,7 +260,10 @@ def _check_different(name: str, values: Sequence[Any]) -> None:
         seen.add(key)
 
 
-def _variants(document: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _variants(
+    document: Mapping[str, Any],
+    grid: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
     """Returns the settings of each variant as flat values, by the variant's name.
 
     Raises:
@@ -295,7 +303,10 @@ def _seeds(seeds: object) -> Sequence[int]:
     return seeds
 
 
-def _points(grid: Mapping[str, Sequence[Any]], variants: Mapping[str, Any]) -> Iterator[Point]:
+def _points(
+    grid: Mapping[str, Sequence[Any]],
+    variants: Mapping[str, Any],
+) -> Iterator[Point]:
     """Yields every variant with every combination of the grid's values; a single point without axes for neither."""
     axes = {VARIANT: list(variants), **grid} if variants else grid
     for values in itertools.product(*axes.values()):
@@ -315,7 +326,10 @@ def _baseline(given: object, points: Sequence[Point], axes: Sequence[str]) -> Po
     """
     if given is None:
         return {}
-    values = {axis: list({text_of(point[axis]): None for point in points}) for axis in axes}
+    values = {}
+    for axis in axes:
+        # A dictionary, since a set would not keep the order of the study.
+        values[axis] = list({text_of(point[axis]): None for point in points})
     if isinstance(given, Mapping):
         wanted = flat(given)
     else:

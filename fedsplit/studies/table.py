@@ -131,7 +131,8 @@ def _by_round(folder: Path) -> dict[int, list[Value]]:
         event = json.loads(line)
         if event["event"] in readers:
             found = readers[event["event"]](event)
-            by_event[event["round"], event["event"]] = [value for value in found if value[-1] is not None]
+            known = [value for value in found if value[-1] is not None]
+            by_event[event["round"], event["event"]] = known
     by_round: dict[int, list[Value]] = {}
     for (round, _), values in by_event.items():
         by_round.setdefault(round, []).extend(values)

@@ -174,7 +174,12 @@ def _death(exit_code: int | None) -> str:
     return f"its process ended with exit code {exit_code}"
 
 
-def _serve(connection: Connection, work: Work, warm: Callable[[], object], describe: Describe) -> None:
+def _serve(
+    connection: Connection,
+    work: Work,
+    warm: Callable[[], object],
+    describe: Describe,
+) -> None:
     """Plays runs until the pool closes its end of the connection; what a worker process does."""
     # Ctrl-C reaches all processes of a terminal. The pool alone decides what becomes of the workers.
     for number in (signal.SIGINT, signal.SIGHUP):

@@ -234,7 +234,10 @@ def _named_values(event: Event) -> Iterator[tuple[str, float | None]]:
             yield "final/wall_seconds", event.summary["wall_seconds"]
 
 
-def _by_client(name: str, values: Mapping[str, float | None]) -> Iterator[tuple[str, float | None]]:
+def _by_client(
+    name: str,
+    values: Mapping[str, float | None],
+) -> Iterator[tuple[str, float | None]]:
     """Yields the values of clients by name."""
     for client, value in values.items():
         yield f"clients/{name}/{client}", value

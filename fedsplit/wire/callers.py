@@ -69,7 +69,11 @@ class Caller:
             raise Refused("PERMISSION_DENIED", words)
 
 
-def caller_of(metadata: Metadata, certificate: Mapping[str, Sequence[bytes]], identities: Identities | None) -> Caller:
+def caller_of(
+    metadata: Metadata,
+    certificate: Mapping[str, Sequence[bytes]],
+    identities: Identities | None,
+) -> Caller:
     """Returns who opens a stream.
 
     With TLS, the certificate decides. Without TLS, all callers are processes on this machine that know the token. Such

@@ -85,7 +85,12 @@ class _Authority:
         write_secret(folder / KEY, secret)
 
 
-def write_set(folder: Path, clients: Sequence[str], hosts: Sequence[str] = (), days: int = 30) -> None:
+def write_set(
+    folder: Path,
+    clients: Sequence[str],
+    hosts: Sequence[str] = (),
+    days: int = 30,
+) -> None:
     """Writes a set of certificates for tests. The folder is complete, or is not there.
 
     Certificates of trunk and SuperLink name hosts, so that whoever checks hosts takes no other party for one of them.

@@ -16,7 +16,10 @@ _MOST_KEPT = 16
 class ControlRequests:
     """Requests by identity, with their replies, until the operator has the reply. Not thread-safe."""
 
-    def __init__(self, control: Callable[[bytes, Callable[[Reply], None]], None]) -> None:
+    def __init__(
+        self,
+        control: Callable[[bytes, Callable[[Reply], None]], None],
+    ) -> None:
         """Has no requests.
 
         Args:

@@ -169,6 +169,7 @@ class GrpcClient:
         """Opens stream after stream while packets wait for answers."""
         patience = Patience(self._patience)
         while self._waiting:
+            # A new stream knows nothing of what the last one has sent.
             self._unsent = dict(self._waiting)
             try:
                 await self._one_stream(patience)
@@ -192,7 +193,8 @@ class GrpcClient:
             NotTrusted, RefusedByServer: A second stream would end in the same way.
         """
         async with self._streams.opened(PACKETS) as call:
-            stream = await self._streams.greeted(call, Assembler(lambda total: frames.reading(), frames.LARGEST_PACKET))
+            assembler = Assembler(lambda total: frames.reading(), frames.LARGEST_PACKET)
+            stream = await self._streams.greeted(call, assembler)
             patience.began()
             unanswered: set[int] = set()
             room = asyncio.Event()
@@ -205,9 +207,15 @@ class GrpcClient:
             finally:
                 writing.cancel()
                 reading.cancel()
+                # Both have to end before the call does. Their further errors only follow from the first.
                 await asyncio.gather(writing, reading, return_exceptions=True)
 
-    async def _write(self, stream: ChunkStream[Any], unanswered: set[int], room: asyncio.Event) -> None:
+    async def _write(
+        self,
+        stream: ChunkStream[Any],
+        unanswered: set[int],
+        room: asyncio.Event,
+    ) -> None:
         """Sends packets for ever."""
         while True:
             while not self._unsent:
@@ -240,7 +248,11 @@ class GrpcClient:
             patience.progressed()
         raise Broken("the server has ended the stream")
 
-    async def _read_one(self, stream: ChunkStream[tuple[int, Packet | Exception]], unanswered: set[int]) -> bool:
+    async def _read_one(
+        self,
+        stream: ChunkStream[tuple[int, Packet | Exception]],
+        unanswered: set[int],
+    ) -> bool:
         """Takes one answer. A loop in here would keep the last answer in memory while the stream is silent."""
         frame = await stream.receive()
         if frame is None:
@@ -267,7 +279,12 @@ class GrpcClient:
                     raise TrunkLost(f"the trunk cannot be reached any more ({broken})") from broken
                 await asyncio.sleep(patience.wait())
 
-    async def _control_once(self, request: bytes, metadata: list[tuple[str, str]], patience: Patience) -> bytes:
+    async def _control_once(
+        self,
+        request: bytes,
+        metadata: list[tuple[str, str]],
+        patience: Patience,
+    ) -> bytes:
         """Sends a request by one stream.
 
         Args:

@@ -137,7 +137,9 @@ class MxFloat4(_Microscaled):
 
     def codes(self, units: Tensor, role: Role) -> np.ndarray:
         """Returns half a byte for each value: three bits of the number, and one of the sign."""
-        return packed(_places(units.abs(), self._middles) | (torch.signbit(units).to(torch.uint8) << 3))
+        magnitudes = _places(units.abs(), self._middles)
+        signs = torch.signbit(units).to(torch.uint8) << 3
+        return packed(magnitudes | signs)
 
     def units(self, encoded: Encoded, form: Form) -> Tensor:
         """Returns the numbers of the table, with their signs."""

@@ -101,7 +101,12 @@ def _form_in(encoded: Encoded, name: str) -> tuple[np.dtype, tuple[int, ...]]:
     return np.dtype(ARRAY_TYPES[form[0]]), tuple(form[1:])
 
 
-def _decompressed(compressed: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], most: int) -> np.ndarray:
+def _decompressed(
+    compressed: np.ndarray,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    most: int,
+) -> np.ndarray:
     """Returns an array from its compressed bytes.
 
     Args:

@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quieten(offline=False)
         flags = call.flags
         config = read_draft(call.rest, call.errors).checked(lambda config: _settle(config, flags))
+        # Again, for the results: `checked` calls the function only where another setting is wrong.
         workload, field = _settle(config, flags)
         with _as_folder(config) as readable:
             lines = _report(readable, workload, field, flags)
@@ -316,6 +317,7 @@ def _as_folder(config: Config) -> Iterator[Config]:
         Settings that name the folder.
     """
     file = Path(config.model)
+    # `Path.is_file` would raise an error for a name that is too long.
     if not config.model.endswith(".json") or not os.path.isfile(file):
         yield config
         return

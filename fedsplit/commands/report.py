@@ -176,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         collector.extend(call.errors)
         collector.check()
         flags = call.flags
+        # Only a prompt needs a model.
         if flags.prompt:
             prepare()
         quieten(offline=False)

@@ -73,6 +73,7 @@ def warm() -> None:
     """Imports what every run needs."""
     prepare()
     warnings.simplefilter("ignore")
+    # For their own sake: the modules stay loaded for all runs of the process.
     import fedsplit.engines.in_process
     import fedsplit.results.merging  # noqa: F401
 

@@ -199,8 +199,8 @@ class _Server:
             returned = ledger.rule.returned(crossing, task)
             sent_control = {name: update.control[name] for name in returned if name in update.control}
             up[client] = self._bytes_up(update, returned, round) + self._bytes(sent_control)
-        # Updates that come too late have crossed, so that their bytes count. The server does not use them.
         time = None if self._clock is None else self._clock.training(round, down, up, unavailable)
+        # Updates that come too late have crossed, so that their bytes count. The server does not use them.
         for client in () if time is None else (*time.late, *time.surplus):
             del updates[client]
         for client in updates:
@@ -237,6 +237,7 @@ class _Server:
         control = {}
         for name, tensor in (assignment.task.control or {}).items():
             control[name] = self._change(tensor.shape, client)
+        # Equal counts for all clients: they weigh the updates, and decide about no byte.
         return ClientUpdate(
             client,
             given.with_tensors(trained),

@@ -179,6 +179,7 @@ def _place(found: Estimate) -> list[str]:
         words = f"{len(found.profiles)} kinds of clients"
     if config.network.compute:
         return [f"seconds on {field.network} ({words})", "  client and trunk: recorded by --network.compute"]
+    # Several kinds of clients have several factors, of which the line names none.
     factor = 1.0 if others else profile.compute
     devices = f"  client: {_device(field.client, config.dtype, factor)}; trunk: {_device(field.trunk, config.dtype)}"
     return [f"seconds on {field.network} ({words})", devices]
@@ -270,6 +271,7 @@ def assumptions(found: Estimate) -> list[str]:
         f"the trunk serves one step at a time; its line has {_line(found)} for all",
     ]
     if config.trunk.replicas > 1:
+        # In place of the line on a single trunk.
         lines[-1] = f"each of {config.trunk.replicas} replicas serves one step at a time, on a line of {_line(found)}"
     if config.rounds > PLAYED:
         lines.append(f"after round {PLAYED}, rounds are as the two before, in bytes and seconds")

@@ -184,6 +184,7 @@ class Clock:
                 phases[client] = ClientPhase(down[client], up[client], own)
             return replay(field, phases, round, name)
 
+        # At least 1, since the limit is divided by it: a phase may be without clients, and a step without messages.
         a_step = max(1, len(crossings(sizes[:1]))) * max(1, len(clients))
         # A third of the limit, since n and 2n steps are replayed: 3n together.
         played = max(1, self._limits.crossings // a_step // 3)

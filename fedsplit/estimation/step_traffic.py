@@ -101,6 +101,8 @@ class StepTraffic:
         """Returns the bytes of the training of one micro-batch, without clipping."""
         traffic = self._forward(rows, "activation", training=True) + self._backward(rows)
         if self._parties.demands.compares:
+            # The base model's forward is none of training: neither sums of routers nor numbers of examples cross
+            # beside it.
             traffic += self._forward(rows, "reference", training=False)
         return traffic
 

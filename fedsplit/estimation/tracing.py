@@ -170,6 +170,7 @@ def trace(
         with mode:
             return _play(part, rows, length, dtype, input_needs_gradient, classes)
 
+    # Only equal blocks can be extrapolated, and a few blocks are played as quickly.
     if len(blocks) <= _FEW[1] or not _are_equal(blocks) or getattr(part.config, "is_heterogeneous", False):
         return play()
     # Three blocks less two are the cost of each further block.

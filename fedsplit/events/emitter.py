@@ -54,6 +54,7 @@ class Emitter:
             try:
                 sink.handle(event)
             except Postponed as postponed:
+                # No reason to end the run, since the sink writes the event later.
                 self(Notice(text=str(postponed), warning=True))
         # A copy, since a sink that fails leaves the list.
         for sink in list(self._users):

@@ -28,6 +28,7 @@ class Forecast:
 
     def see(self, event: Progress, now: float) -> None:
         """Takes the progress of a run at a time in seconds."""
+        # Round 0 trains nothing, so that its time says little about the rounds that are left.
         if event.round == 0 or event.round == self._round:
             return
         if self._first == 0:

@@ -61,6 +61,7 @@ class MetricsFile:
             NotWritten: The run has ended, and lines of it still cannot be written.
         """
         if isinstance(event, RunEnded) and self._waiting:
+            # Not postponed any more: a run must not end as if all its events were written.
             append_lines(self._path, self._waiting)
             self._waiting = []
         if not isinstance(event, self.KINDS):

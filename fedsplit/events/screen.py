@@ -246,6 +246,7 @@ class LiveScreen(PlainScreen):
         super().__init__(console)
         self._forecast = Forecast()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(BAR), _Clock(time.monotonic()))
+        # Transient: the bar leaves the terminal to the table.
         self._progress = _Bar(*columns, console=console, transient=True)
         self._progress.forecast = self._forecast
         self._task: TaskID = self._progress.add_task("starting", total=None)

@@ -91,6 +91,7 @@ def replay(place: Field, phases: Mapping[int, ClientPhase], round: int, phase: s
     trunks = {}
     for replica in sorted({place.replica(client) for client in phases}):
         clients = [client for client in phases if place.replica(client) == replica]
+        # A client with held-out text alone takes part in no barrier, and nobody waits for it.
         training = [client for client in clients if any(c.kind == "forward" for c in phases[client].crossings)]
         queue = TrunkQueue(env, place.discipline, training, clips)
         up = sum(place.profiles[client].uplink_bytes for client in clients)

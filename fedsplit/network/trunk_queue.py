@@ -182,6 +182,7 @@ class TrunkQueue:
         for job in ready:
             client = job.crossing.client
             if not job.is_backward:
+                # The first one, since a client may have sent further micro-batches.
                 forwards.setdefault(client, job)
             elif job.crossing.kind == "coefficient":
                 return [job]

@@ -214,6 +214,7 @@ def _with_options(call: Call, settings: Collection[str], known: Mapping[str, str
     """
     words = []
     for argument in call.rest:
+        # A flag and its value may be one word, as in --strategy.mu=0.1.
         words += argument.split("=", 1) if argument.startswith("--") else [argument]
 
     options: Options = {setting: {} for setting in settings}
@@ -227,6 +228,7 @@ def _with_options(call: Call, settings: Collection[str], known: Mapping[str, str
         if not flag.startswith("--") or not key or setting not in settings:
             errors.append(InputError(f"there is no flag {shortened(flag)}; {suggest(flag, known)}"))
             meant = {known[close] for close in similar(flag, known)}
+            # A setting that was given beside the unknown flag keeps its value.
             refused |= {dest for dest in meant if not vars(call.flags).get(dest)}
             if flag.startswith("--") and has_value:  # the value of a flag that is unknown is no error of its own
                 words.pop(0)

@@ -110,6 +110,7 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
             text = Path(value).read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError from error
+        # A file may have commas, lines, or both.
         items = text.replace(",", " ").split()
     for item in items:
         is_whole = isinstance(item, int | str) and not isinstance(item, bool)  # True is an int in Python
@@ -144,7 +145,7 @@ def _object(setting: str, value: object) -> str:
         raise TypeError
     _check_times(setting, value)
     # Sorted, so that the order of the fields is no difference between two runs.
-    # JSON has no NaN, which is refused.
+    # NaN, which JSON does not have, is refused.
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
@@ -279,6 +280,7 @@ def draft(values: Mapping[str, object], tables: Mapping[str, Any]) -> Draft:
         _settle_peft(fields["lora"], fields["prompt"])
     except SettingError as error:
         collector.extend(error.errors)
+        # Either of the two may be the one that the user wants.
         wrong |= {"lora.method", "prompt.kind"}
 
     sections: dict[str, Any] = {name: cls(**fields[name]) for name, cls in SECTIONS.items()}
@@ -298,6 +300,7 @@ def meant_by(name: str) -> set[str]:
     """
     if name in BY_ALIAS:
         return {BY_ALIAS[name]}
+    # The name of a section may stand for each of its settings.
     of_section = {setting for setting in SETTINGS if setting.startswith(f"{name}.")}
     return of_section or {*similar(name, SETTINGS)}
 

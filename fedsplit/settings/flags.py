@@ -151,6 +151,7 @@ def add_setting(group: TakesArguments, name: str, default: str | None = None) ->
 
     keywords: dict[str, Any] = {}
     if name in REPEATABLE:
+        # Each flag brings a list, and argparse joins the lists.
         keywords = {"action": "extend", "type": lambda text: text.split(",")}
     elif setting.python_type is bool:
         keywords = {"nargs": "?", "const": "true"}  # a switch needs no value

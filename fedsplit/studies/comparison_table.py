@@ -207,4 +207,5 @@ def as_json(
         "failed": [asdict(run) for run in failed],
         "comparison": [asdict(line) for line in lines],
     }
+    # A study file may have dates, which JSON does not know.
     return json.dumps(document, indent=1, default=str) + "\n"

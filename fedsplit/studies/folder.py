@@ -84,6 +84,7 @@ def name_of_run(label: str, seed: int, config: Config) -> str:
         'fedavg-lora.rank-4-seed-0'
     """
     words = re.sub(r"[^\w.+]+", "-", label, flags=re.ASCII).strip("-.")[:_LONGEST]
+    # A label may have none of the letters that a folder's name takes.
     pieces = [words] if words else []
     return "-".join([*pieces, f"seed-{seed}", digest_of(config)[:8]])
 

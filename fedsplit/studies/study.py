@@ -295,6 +295,7 @@ def _seeds(seeds: object) -> Sequence[int]:
         SettingError: The value is no list of different whole numbers.
     """
     is_list = isinstance(seeds, list) and bool(seeds)
+    # `type`, since `true` of TOML is an int in Python.
     if not is_list or any(type(seed) is not int or not 0 <= seed < 2**32 for seed in seeds):  # type: ignore[attr-defined]
         shown = "an empty list" if seeds == [] else shortened(seeds)
         raise SettingError("seeds", shown, "a list of whole numbers from 0 to 4294967295, such as [0, 1, 2]")

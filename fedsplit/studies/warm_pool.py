@@ -138,6 +138,7 @@ class Workers:
         try:
             outcome: Outcome = worker.connection.recv()
         except (EOFError, OSError):
+            # For the exit code, which is known once the process has ended.
             worker.process.join(END_SECONDS)
             self._workers.remove(worker)
             return Outcome(name, error=_death(worker.process.exitcode))
@@ -194,6 +195,7 @@ def _serve(
             job: Job = connection.recv()
         except (EOFError, OSError):
             return
+        # Appended, since a run that goes on has a log already.
         with open(job.log, "ab", buffering=0) as log:
             _write_to(log.fileno())
             try:

@@ -94,6 +94,7 @@ class TensorBoard(Tracker):
         """Returns the tracker; see `Tracker.make`."""
         from accelerate.tracking import TensorBoardTracker
 
+        # accelerate makes a folder of this name in the run's folder.
         return TensorBoardTracker("tensorboard", logging_dir=folder)
 
 
@@ -177,6 +178,7 @@ def settings_of(event: RunStarted) -> dict[str, str | int | float | bool]:
     for name, value in values.items():
         if isinstance(value, Mapping):  # options of a class
             plain |= {f"{name}.{key}": inner for key, inner in value.items()}
+        # Some trackers take plain values only.
         elif isinstance(value, list | tuple):
             plain[name] = ",".join(map(str, value))
         else:

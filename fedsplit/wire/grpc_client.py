@@ -124,6 +124,7 @@ class GrpcClient:
         try:
             return future.result()
         finally:
+            # A caller that is interrupted must not leave the request behind on the event loop.
             future.cancel()
 
     def _post(self, number: int, sent: _Sent) -> None:

@@ -53,8 +53,8 @@ class TopK(Codec):
         """Encodes a tensor. NaN counts as the largest value."""
         form = form_of(tensor, role)
         matrix = self._with_residual(matrix_of(tensor), role)
-        # Sorted, since a row of bits keeps no order, and the values have to stand in the order of their places.
         largest = matrix.abs().topk(self._count(form.width), sorted=False)
+        # Sorted, since a row of bits keeps no order, and the values have to stand in the order of their places.
         places = largest.indices.sort().values
         values = matrix.gather(1, places).to(form.dtype)
         kept = self._rest.encode(values, role)

@@ -76,6 +76,7 @@ class Zstd(Codec):
         arrays = {}
         for name, compressed in encoded.arrays.items():
             arrays[name] = _decompressed(compressed, *_form_in(encoded, name), left)
+            # All arrays of a tensor share one limit.
             left -= arrays[name].nbytes
         header = {name: fact for name, fact in encoded.header.items() if not name.startswith(_FORM)}
         return self._inner.decode(Encoded(arrays, header), role)

@@ -165,6 +165,7 @@ def _export(call: Call) -> list[str]:
 
     tensors = {}
     models_are_here = True
+    # All files are read before anything is written: a broken one must leave no folder behind.
     for adapter in adapters:
         tensors[adapter.folder], is_here = read_known(adapter)
         models_are_here = models_are_here and is_here

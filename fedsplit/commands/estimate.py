@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         # The parser knows the flags above. The rest are flags of simulate.
         call = make_parser().read_known(argv)
+        # The config.json may have to be fetched.
         quieten(offline=False)
         flags = call.flags
         config = read_draft(call.rest, call.errors).checked(lambda config: _settle(config, flags))
@@ -187,6 +188,7 @@ blocks
     for find_errors in (checks.check_prompt, checks.check_training, checks.check_trunk, plan):
         with collector.collecting():
             find_errors(config)
+    # Checks against a model that was not found would only repeat that error.
     if facts is not None:
         for about_model in (
             model_checks.check_cut,

@@ -141,6 +141,7 @@ def _write_batch(
         separator = "\n" if number > 0 else ""
         heads.append(separator + job.heads[number])
     output = OrderedOutput(heads, show)
+    # A text that has ended gets no more tokens, while others of its batch go on.
     running = [True] * len(prompts)
 
     def end(row: int) -> None:

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         flags = make_parser().parse_args(argv)
+        # The config.json may have to be fetched.
         quieten(offline=False)
 
         from fedsplit.model.derivation import family_of

@@ -103,6 +103,7 @@ def problems(site: Site, flags: Mapping[str, Any]) -> Iterator[InputError]:
     collector = ErrorCollector()
     collector.collect([lambda: check_dataset(config.dataset, config.data)])
     is_no_party = bool(config.trunk.tls) and not is_of_one_party(Path(config.trunk.tls))
+    # The folder of a whole set would be reported as one that lacks a file.
     if not is_no_party:
         collector.collect([lambda: check_server(config)])
     yield from collector.errors

@@ -54,6 +54,7 @@ class OnePartition:
         """Returns the data of a run, divided among the clients."""
         from fedsplit.corpora.partition import partition_of
 
+        # All that decides about the sequences of a run; the model, since its tokenizer cuts the texts.
         key = (
             *(config.model, config.dataset, config.partition, config.clients, config.seed),
             *(config.train.max_length, config.data),
@@ -193,6 +194,7 @@ def check(
                     run_checks.check(config, read=_read_data)
             checked.append(Checked(run, config, folder, result))
         except InputError as error:
+            # By error, since many runs share a wrong setting: each error is shown once, with the runs that have it.
             for each in error.errors:
                 by_error.setdefault(str(each), []).append(run.name)
     collector = ErrorCollector()

@@ -188,6 +188,7 @@ class _Server:
         down: dict[int, int] = {}
         up: dict[int, int] = {}
         updates = {}
+        # Sorted, since invented updates draw random numbers, and a set has no order.
         for client in sorted(assigned.keys() - {*unavailable}):
             assignment = assigned[client]
             task = assignment.task

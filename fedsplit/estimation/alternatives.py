@@ -70,6 +70,7 @@ def alternatives_of(found: Estimate) -> list[Alternative]:
             of_step = sum(counted.step(of_batch).values())
             for cut in cuts_of(found):
                 seconds = found.seconds
+                # The run as it is set has been replayed already, and more exactly.
                 if (cut, codec, micros) != own:
                     short = _seconds(found, counted, cut)
                     scaled = short.training * training, short.evaluation * evaluation

@@ -106,6 +106,7 @@ def rounds_of(config: Config, clock: Clock, adapters: Sequence[RoundOfAdapters])
     measured: dict[int, float] = {}
     rounds = []
     for number in range(config.rounds + 1):
+        # As in `rounds_of_adapters`: later rounds repeat the last two that were played, in turn.
         like = number if number < len(played) else PLAYED - number % 2
         evaluation = 0.0
         if is_due(config, number):

@@ -70,6 +70,7 @@ def run_traffic(parties: Parties, adapters: Sequence[RoundOfAdapters] | None = N
         evaluated = measuring if is_due(config, number) else 0
         rounds.append(of_round.traffic(evaluated) + _times(training, count) + _times(evaluation, evaluated))
         trained.append(count)
+    # A full step is the largest one, since the last step of an epoch may be smaller.
     return RunTraffic(by_size[max(sizes)], training + evaluation, rounds, len(sizes), trained)
 
 

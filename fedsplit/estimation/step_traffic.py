@@ -124,6 +124,7 @@ class StepTraffic:
         positions = parties.positions if kind != "reference" else parties.config.train.max_length
         sums = self._sums_bytes() if training else 0
         numbers = self._numbers_bytes(rows) if training else 0
+        # One stage hands the state of the random generator to the next (`fedsplit.wire.packets.RANDOM`).
         state = random_state(CPU).nbytes if training else 0
         last = len(parties.stages) - 1
         traffic: Traffic = Counter()

@@ -111,6 +111,7 @@ class AllocationTracker(TorchDispatchMode):
         self._sizes[key] = storage.nbytes()
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
+        # With the storage, and not with a tensor: views and the graph may keep the memory.
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:

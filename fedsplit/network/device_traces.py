@@ -125,6 +125,7 @@ def _share(intervals: Sequence[Any], start: float, end: float, name: str) -> flo
             raise InputError(f"a time of device {name} is {shortened(interval)}, not a pair of numbers")
         first, last = interval
         covered += max(0.0, min(last, end) - max(first, start))
+    # Intervals of a trace may overlap.
     return min(1.0, covered / (end - start))
 
 

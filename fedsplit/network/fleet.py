@@ -212,6 +212,7 @@ def _profile_of(table: Mapping[str, Any], where: str, base: Profile | None = Non
     if named is not None:
         if not isinstance(named, str) or named not in PROFILES:
             raise InputError(f"{where}.profile: {shortened(named)} is not possible; allowed: {' | '.join(PROFILES)}")
+        # As a whole: no field of the network's default mixes with a named profile.
         base = PROFILES[named]
     fields = {name: value for name, value in table.items() if name != "profile"}
     if base is None:
@@ -235,6 +236,7 @@ def _rule_of(table: object, number: int, default: Profile) -> Rule:
         raise InputError(f"{where} is no table")
     fields = {name: value for name, value in table.items() if name not in ("clients", "share")}
     profile = _profile_of(fields, where, default)
+    # True for both, and for neither.
     if ("clients" in table) == ("share" in table):
         raise InputError(f"{where} needs either clients or share")
     if "share" in table:

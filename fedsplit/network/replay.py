@@ -89,6 +89,7 @@ def replay(place: Field, phases: Mapping[int, ClientPhase], round: int, phase: s
     env = simpy.Environment()
     clips = any(crossing.kind == "coefficient" for one in phases.values() for crossing in one.crossings)
     trunks = {}
+    # Each replica has a queue and links of its own: its clients do not slow those of another one.
     for replica in sorted({place.replica(client) for client in phases}):
         clients = [client for client in phases if place.replica(client) == replica]
         # A client with held-out text alone takes part in no barrier, and nobody waits for it.
@@ -102,6 +103,7 @@ def replay(place: Field, phases: Mapping[int, ClientPhase], round: int, phase: s
         )
         trunks[replica] = (queue, link)
     runs = {}
+    # In the order of their numbers, since SimPy serves events of one moment in the order in which they were made.
     for client in sorted(phases):
         queue, (up_link, down_link) = trunks[place.replica(client)]
         profile = place.profiles[client]

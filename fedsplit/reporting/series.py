@@ -66,6 +66,7 @@ def losses(run: RunRecord) -> Losses:
         if loss is None:
             continue
         held_out.append((round, loss))
+        # Only runs with --eval.after measure what clients forget.
         forgotten = numbers(event.get("forgotten"))
         if forgotten:
             own.append((round, loss - sum(forgotten.values()) / len(forgotten)))

@@ -282,6 +282,7 @@ def settle_draft(values: Mapping[str, object], options: Options, file: Path | No
         # All others are refused above, and must cause no further errors.
         values = {name: value for name, value in values.items() if name in MAY_DIFFER}
         options = {setting: keywords for setting, keywords in options.items() if setting in MAY_DIFFER}
+        # The settings that may not differ are those of the run's own file.
         file = own_file
 
     file_values: dict[str, object] = {}

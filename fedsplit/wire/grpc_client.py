@@ -220,6 +220,7 @@ class GrpcClient:
         """Sends packets for ever."""
         while True:
             while not self._unsent:
+                # No packet is missed between the look and the wait, since `_post` runs on the same event loop.
                 self._changed.clear()
                 await self._changed.wait()
             while stream.most and len(unanswered) >= stream.most:

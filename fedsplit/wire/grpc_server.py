@@ -223,6 +223,7 @@ class GrpcServer:
         if isinstance(packet, Exception):
             raise Refused("INVALID_ARGUMENT", "a client may send packets only")
         caller.check(packet)
+        # Before the credit, which depends on the bytes that this side holds.
         ticket = outbox.take(packet.nbytes)
         await stream.give_credit()
         self.taken += 1

@@ -124,6 +124,7 @@ class ChunkStream(Generic[T]):
             size = chunks.nbytes_of(data)
             self._sending_since = time.monotonic()
             while self._outgoing.room < size:
+                # No credit is missed between the look and the wait, since it comes on the same event loop.
                 self._credit_came.clear()
                 await self._credit_came.wait()
             self._outgoing.spend(size)

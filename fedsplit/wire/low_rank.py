@@ -116,5 +116,6 @@ class LowRank(Codec):
 
     def _first_factor(self, role: Role, width: int) -> Tensor:
         """Returns a random factor (D, r)."""
+        # From the seed and the place alone: a round that is repeated begins with the same factor.
         seed = derive_seed(self._seed, "codec", role.kind, role.direction, role.client)
         return torch.randn(width, self._rank, generator=torch.Generator().manual_seed(seed))

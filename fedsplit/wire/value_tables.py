@@ -99,6 +99,7 @@ class _Microscaled(Grouped):
         return _powers(array_in(encoded, "scales", np.uint8, count))
 
 
+# The type E8M0 of the MX formats: an exponent with a bias in a byte, whose largest value stands for NaN.
 _BIAS = 127
 _NAN = 255
 

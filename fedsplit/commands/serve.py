@@ -102,6 +102,7 @@ def load_config(path: Path) -> Config:
         if error.setting != "config":
             raise
         raise SettingError("run", error.value, error.allowed) from error
+    # An error here is reported by itself, since several checks below need the facts.
     facts = read_facts(config_folder(config.model))
     collector = ErrorCollector()
     checks_of_trunk: list[Callable[[], object]] = [

@@ -235,6 +235,7 @@ class _ClientRun:
         forwards = [one for one in crossings if one.kind == "forward"]
         backwards = {one.micro: one for one in crossings if one.kind == "backward"}
         up = []
+        # Upwards: nothing is awaited, so that the client computes while earlier micro-batches are on their way.
         for one in forwards:
             yield from self._work("bottom-forward", one)
             reference = references.get((one.step, one.batch, one.micro))
@@ -245,6 +246,7 @@ class _ClientRun:
                 beside = self._send(reference, "trunk-forward")
             up.append((one, job, beside))
         gradients = []
+        # At the top, in the order of the forwards, whatever answer comes first.
         for one, job, beside in up:
             yield from self._receive(job)
             if beside is not None:
@@ -254,6 +256,7 @@ class _ClientRun:
             yield from self._work("top-backward", one)
             if one.micro in backwards:
                 gradients.append(self._send(backwards[one.micro], "trunk-backward"))
+        # All gradients are on their way before the first answer is awaited.
         for job in gradients:
             yield from self._receive(job)
             if job.crossing.returns_gradient:

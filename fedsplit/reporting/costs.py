@@ -63,6 +63,7 @@ def time_spent(run: RunRecord) -> Section:
         section.pictures.append(Picture("Seconds by phase and round", svg, caption))
     totals = totals_by_client(run, "client_seconds")
     by_client: dict[str, dict[str, float]] = {}
+    # In the order of a round, whatever the order in the file.
     for phase in ("training", "sample", "evaluation"):
         if phase in totals:
             by_client[phase] = totals[phase]

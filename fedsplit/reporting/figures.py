@@ -146,6 +146,7 @@ def lines(
             axes.margins(x=0.08)
         named = [end for end in ends if end[0]]
         longest = max((len(_cut(name)) for name, _, _ in named), default=0)
+        # First the room, since the places of the names depend on the size of the axes.
         _fit(figure, axes, longest)
         _name_ends(axes, named)
 

@@ -85,6 +85,7 @@ def key_figures(run: RunRecord) -> list[tuple[str, str]]:
     found = []
     measured = losses(run).held_out
     ends = numbers(summary.get("eval_loss"))
+    # A run that has not ended has no summary. Its first and last measurements stand in.
     if not ends and len(measured) > 1:
         ends = {"before": measured[0][1], "after": measured[-1][1]}
     if ends.keys() >= {"before", "after"}:
@@ -122,6 +123,7 @@ def loss_section(run: RunRecord, baseline: RunRecord | None) -> Section:
         drawn = [Line("this run" if baseline else "", _scaled(loss_against(run, what), scale), look=0)]
         if baseline is not None:
             drawn.append(Line(baseline.name, _scaled(loss_against(baseline, what), scale), look=1))
+        # A single evaluation makes no curve, and a run without a network has no virtual time.
         if len(drawn[0].points) > 1:
             svg = figures.lines(drawn, words, f"held-out loss ({unit})", whole=False)
             against = {"bytes": "traffic", "seconds": "time", "virtual": "virtual time"}[what]
@@ -227,6 +229,7 @@ def _rounds(run: RunRecord, found: Losses) -> Table:
     rates = dict(learning_rates(run))
     costs = {float(event["round"]): event for event in run.of("cost")}
     rows: list[tuple[str, ...]] = [head]
+    # A round may lack an event: its clients may have rested, or the run may have been killed.
     for round in sorted({*training, *held_out, *costs})[:MOST_ROWS]:
         cost = costs.get(round, {})
         crossed = numbers(cost.get("bytes"))

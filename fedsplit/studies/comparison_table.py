@@ -120,6 +120,7 @@ def remark(lines: Sequence[Line]) -> str:
 
 def tables(lines: Sequence[Line]) -> Iterator[list[list[str]]]:
     """Yields a table of texts for each measure: its header, then a row for each point."""
+    # A dictionary, since a set would not keep the order of the measures.
     for measure in dict.fromkeys(line.measure for line in lines):
         of_measure = [line for line in lines if line.measure == measure]
         tests = [line.test for line in of_measure if line.test is not None]

@@ -117,7 +117,9 @@ def compare(first: Run, second: Run) -> list[str]:
     left_bytes = first.summary["bytes"]
     right_bytes = second.summary["bytes"]
     for name in {**left_bytes, **right_bytes}:
-        rows.append((f"bytes {name}", size(left_bytes.get(name, 0)), size(right_bytes.get(name, 0))))
+        left_size = size(left_bytes.get(name, 0))
+        right_size = size(right_bytes.get(name, 0))
+        rows.append((f"bytes {name}", left_size, right_size))
     return [*aligned(rows), "", *_distances(first, second)]
 
 

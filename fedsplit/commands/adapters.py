@@ -165,6 +165,7 @@ def _export(call: Call) -> list[str]:
 
     tensors = {}
     models_are_here = True
+    # All files are read before anything is written: a broken one must leave no folder behind.
     for adapter in adapters:
         tensors[adapter.folder], is_here = read_known(adapter)
         models_are_here = models_are_here and is_here
@@ -195,6 +196,7 @@ def _push(call: Call) -> list[str]:
 
     from fedsplit.results.publishing import check_access, push
 
+    # Before the upload, so that a token without access fails at once.
     check_access(flags.repository)
     address = push(adapter, flags.repository, private=not flags.public, with_base=flags.export_base)
     return [f"{adapter.folder} is on the Hub: {address}"]
@@ -254,6 +256,7 @@ def _weights(text: str, count: int) -> list[float]:
         return [1 / count] * count
     try:
         weights = [float(number) for number in text.split(",")]
+    # No weights at all are a wrong number of weights, which the check below refuses.
     except ValueError:
         weights = []
     are_finite = all(math.isfinite(weight) for weight in weights)
@@ -306,7 +309,12 @@ _RUN = "folder of a finished run"
 _SEVERAL = "folders of finished runs, or of adapters"
 
 
-def _add_folder(parser: argparse.ArgumentParser, name: str, help: str, nargs: str | None = None) -> None:
+def _add_folder(
+    parser: argparse.ArgumentParser,
+    name: str,
+    help: str,
+    nargs: str | None = None,
+) -> None:
     parser.add_argument(name, type=Path, nargs=nargs, metavar="DIR", help=help)
 
 
@@ -360,6 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         call = make_parser().read(argv)
         work_of_command = call.flags.work
+        # Only `push` has to reach the Hub.
         quieten(offline=work_of_command is not _push)
         lines = work_of_command(call)
         print(*lines, sep="\n")

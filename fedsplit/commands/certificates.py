@@ -42,7 +42,12 @@ def make_parser() -> Parser:
     return parser
 
 
-def problems(folder: Path, clients: Sequence[str], hosts: Sequence[str], days: int) -> Iterator[InputError]:
+def problems(
+    folder: Path,
+    clients: Sequence[str],
+    hosts: Sequence[str],
+    days: int,
+) -> Iterator[InputError]:
     """Yields an error for each wrong argument.
 
     Args:

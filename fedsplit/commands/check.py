@@ -49,6 +49,7 @@ def kind_of_code(spec: str) -> str:
             return kind
     anything = Kind("code", dict, STRATEGY.allowed, functions=True)
     found = find(anything, spec)
+    # The methods of our strategies, and of Flower's.
     if callable(getattr(found, "aggregate", None)) or callable(getattr(found, "configure_train", None)):
         return "strategy"
     returned = _returned_by(found)
@@ -69,6 +70,7 @@ def _returned_by(found: Any) -> str | None:
 
     function = found
     if inspect.isclass(found):
+        # Only objectives say over what their loss is a mean.
         if hasattr(found, "mean_over"):
             return "objective"
         try:
@@ -160,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         watchdog = Watchdog(TIMEOUT)
         with watchdog.guarding(f"the code of {flags.code}"):
             kind = flags.kind or kind_of_code(flags.code)
+            # Flushed before the check: code that hangs must not hide what was checked.
             print(f"{flags.code} is {'an' if kind == 'objective' else 'a'} {kind}", flush=True)
             checks = check(flags.code, kind, call.options[kind])
         print(*table(checks), sep="\n")

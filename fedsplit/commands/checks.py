@@ -120,6 +120,7 @@ def _wrong_under_schedule(config: Config) -> Iterator[SettingError]:
 
 def _wrong_codec(config: Config) -> Iterator[SettingError]:
     """Yields an error for a codec that would only lose precision."""
+    # Several roles may have one codec, which is one error.
     for text in {*config.wire.codecs.values()}:
         if config.dtype == "fp16" and text.split(",")[0] == "bf16":
             allowed = "raw with --dtype fp16: what crosses has 16 bits already, and would lose three of them"
@@ -220,6 +221,7 @@ def check_prompt(config: Config) -> None:
         InputError: A setting has no meaning, or excludes a further setting. All errors are reported together.
     """
     rules = [_wrong_prompt_fields(config.prompt)]
+    # Without prompts, the further rules would refuse the settings of LoRA.
     if config.prompt.kind != "off":
         rules.append(_wrong_beside_prompts(config))
         rules.append(_wrong_init(config.prompt))

@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         # The parser knows --plot and --json. The rest are flags of simulate.
         call = make_parser().read_known(argv)
+        # The data set may have to be fetched.
         quieten(offline=False)
         config = read_draft(call.rest, call.errors).checked(_check_settings)
         flags = call.flags

@@ -90,9 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         # The parser knows the flags above. The rest are flags of simulate.
         call = make_parser().read_known(argv)
+        # The config.json may have to be fetched.
         quieten(offline=False)
         flags = call.flags
         config = read_draft(call.rest, call.errors).checked(lambda config: _settle(config, flags))
+        # Again, for the results: `checked` calls the function only where another setting is wrong.
         workload, field = _settle(config, flags)
         with _as_folder(config) as readable:
             lines = _report(readable, workload, field, flags)
@@ -114,6 +116,7 @@ def _settle(config: Config, flags: argparse.Namespace) -> tuple[Workload, Field]
     Raises:
         InputError: A setting or a flag is wrong. All errors are reported together, after those of counts.
     """
+    # First and by itself, since a check below lists all clients.
     _check_counts(config)
     collector = ErrorCollector()
     field = workload = None
@@ -141,7 +144,8 @@ def _report(config: Config, workload: Workload, field: Field, flags: argparse.Na
         return lines_of(found, compared)
     others: list[dict[str, Any]] = []
     for one in compared:
-        others.append({**asdict(one), "seconds": {**asdict(one.seconds), "round": one.seconds.round}})
+        seconds = {**asdict(one.seconds), "round": one.seconds.round}
+        others.append({**asdict(one), "seconds": seconds})
     document = {**found.document(), "alternatives": others, "assumptions": assumptions(found)}
     document["warnings"] = warnings(found)
     return [json.dumps(document, indent=2)]
@@ -173,6 +177,7 @@ blocks
 
     file = Path(config.model, "config.json")
     if file.is_file():
+        # For the error alone, which names the file and what is wrong with its JSON.
         _read_json(file)
     collector = ErrorCollector()
     facts = None
@@ -183,6 +188,7 @@ blocks
     for find_errors in (checks.check_prompt, checks.check_training, checks.check_trunk, plan):
         with collector.collecting():
             find_errors(config)
+    # Checks against a model that was not found would only repeat that error.
     if facts is not None:
         for about_model in (
             model_checks.check_cut,
@@ -299,6 +305,7 @@ def _number(flag: str, text: str) -> int:
     """
     if not text:
         return 0
+    # `isdigit` alone takes the digits of all scripts, and `int` refuses thousands of digits with an error of its own.
     if text.isascii() and text.isdigit() and len(text) <= 10 and 1 <= int(text) <= _MOST:
         return int(text)
     raise InputError(f"{flag}: {text[:40]} is not possible; allowed: a whole number from 1 to {_MOST}")
@@ -312,6 +319,7 @@ def _as_folder(config: Config) -> Iterator[Config]:
         Settings that name the folder.
     """
     file = Path(config.model)
+    # `Path.is_file` would raise an error for a name that is too long.
     if not config.model.endswith(".json") or not os.path.isfile(file):
         yield config
         return

@@ -100,7 +100,11 @@ def _metric_of(key: str) -> str:
     return key.partition(".")[0]
 
 
-def _load_metric(config: Config, spec: str, options: Mapping[str, Any]) -> dict[str, Metric]:
+def _load_metric(
+    config: Config,
+    spec: str,
+    options: Mapping[str, Any],
+) -> dict[str, Metric]:
     """Makes a metric, and tries the metric on invented logits.
 
     Args:
@@ -133,7 +137,11 @@ def _load_metric(config: Config, spec: str, options: Mapping[str, Any]) -> dict[
     return metrics
 
 
-def lines(results: Sequence[Result], classifies: bool = False, has_pairs: bool = False) -> list[str]:
+def lines(
+    results: Sequence[Result],
+    classifies: bool = False,
+    has_pairs: bool = False,
+) -> list[str]:
     """Returns results as the lines of a table, with the total in the last line.
 
     Args:
@@ -277,8 +285,10 @@ def _check(call: Call) -> _Job:
     with collector.collecting():
         if not DEVICE.test(flags.device):
             raise SettingError("device", flags.device, DEVICE.words)
+    # `vars`, since reading a refused flag would raise an error.
     given = {name: value for name, value in vars(flags).items() if name in READING}
     with collector.collecting():
+        # For the errors in these settings alone.
         build(given)
     with collector.collecting():
         if not flags.dataset:
@@ -318,7 +328,8 @@ def _check_against(run: Run, call: Call, given: Mapping[str, object]) -> _Job:
         if flags.dataset:
             check_other_data(run.config, flags.dataset, data)
     with collector.collecting():
-        further = build({"metric": vars(flags).get("metric", [])}, metric_options=call.options["metric"])
+        names = vars(flags).get("metric", [])
+        further = build({"metric": names}, metric_options=call.options["metric"])
         # Reported already. Without its option, a metric is not the one that the user asked for.
         if "metric_options" in call.refused:
             raise UnknownValue("metric_options")

@@ -115,7 +115,11 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
 
 
 def _write_batch(
-    job: Job, half: ClientHalf, numbers: Sequence[int], show: Callable[[str], object], throughput: Throughput
+    job: Job,
+    half: ClientHalf,
+    numbers: Sequence[int],
+    show: Callable[[str], object],
+    throughput: Throughput,
 ) -> None:
     """Writes the texts of some prompts as one batch, and shows them in order.
 
@@ -137,6 +141,7 @@ def _write_batch(
         separator = "\n" if number > 0 else ""
         heads.append(separator + job.heads[number])
     output = OrderedOutput(heads, show)
+    # A text that has ended gets no more tokens, while others of its batch go on.
     running = [True] * len(prompts)
 
     def end(row: int) -> None:

@@ -129,7 +129,12 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool, model: str) -> list[list[int]]:
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    chat: bool,
+    model: str,
+) -> list[list[int]]:
     """Returns the token ids of each prompt, with special tokens at the beginning alone.
 
     Args:
@@ -172,7 +177,12 @@ def _placed(config: Config, device: str) -> TrunkSettings:
     return replace(config.trunk, device=device_of_trunk, devices="")
 
 
-def _new_tokens(tokens: Sequence[Sequence[int]], requested: int | None, positions: int, taken: int = 0) -> int:
+def _new_tokens(
+    tokens: Sequence[Sequence[int]],
+    requested: int | None,
+    positions: int,
+    taken: int = 0,
+) -> int:
     """Returns the largest number of new tokens of each text.
 
     Args:

@@ -106,7 +106,8 @@ def check_tokens(config: Config, partition: Partition) -> None:
     folder = config_folder(config.model)
     largest = []
     for shard in partition.shards:
-        largest += [int(shard.train.ids.max()), int(shard.held_out.ids.max())]
+        largest.append(int(shard.train.ids.max()))
+        largest.append(int(shard.held_out.ids.max()))
     if config.prompt.text:
         largest += load_tokenizer(folder)(config.prompt.text)["input_ids"]
     if largest:  # sites check their texts themselves

@@ -35,7 +35,11 @@ def _show(call: Call) -> list[str]:
     config = build({"network.profile": flags.network, "clients": flags.clients, "seed": flags.seed})
     fleet = read_fleet(config.network.profile)
     # Which numbers the names of clients belong to is known with the data alone: they have rows of their own.
-    by_name = {client: rule.profile for rule in fleet.rules for client in rule.clients if isinstance(client, str)}
+    by_name = {}
+    for rule in fleet.rules:
+        for client in rule.clients:
+            if isinstance(client, str):
+                by_name[client] = rule.profile
     numbered = []
     for rule in fleet.rules:
         numbers = tuple(client for client in rule.clients if isinstance(client, int))
@@ -46,7 +50,8 @@ def _show(call: Call) -> list[str]:
     for name, profile in [*enumerate(profiles), *by_name.items()]:
         rows.append((str(name), *map(plain_number, profile.document().values())))
     links = (plain_number(fleet.trunk.uplink_mbps), plain_number(fleet.trunk.downlink_mbps))
-    rows.append(("trunk", *links, *[""] * (len(RANGES) - len(links))))
+    empty = [""] * (len(RANGES) - len(links))
+    rows.append(("trunk", *links, *empty))
     return aligned(rows)
 
 
@@ -82,6 +87,7 @@ def _read(path: Path, unpickles: bool) -> object:
     except OSError as error:
         raise InputError(f"{shortened(path)} cannot be read: {error.strerror}") from None
     try:
+        # JSON first, whatever the name says: a trace that was converted may have kept its name.
         return json.loads(content)
     except (ValueError, RecursionError):
         if path.suffix not in _PICKLES:
@@ -104,6 +110,7 @@ def _written(document: Mapping[str, Any], out: Path) -> list[str]:
 
     read_fleet(json.dumps(document))  # what is written can be read
     try:
+        # "x": a file that is there stays.
         with out.open("x", encoding="utf-8") as file:
             file.write(tomli_w.dumps(document))
     except OSError as error:
@@ -120,6 +127,7 @@ def _measure(call: Call) -> list[str]:
 
     from fedsplit.federation.compute_profile import measured
 
+    # Before the measurement, which takes a while.
     if out.exists():
         raise InputError(f"{shortened(out)} exists")
     document = measured(config)
@@ -139,7 +147,11 @@ def make_parser() -> Parser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, work: Callable[[Call], list[str]], help: str) -> argparse.ArgumentParser:
+    def command(
+        name: str,
+        work: Callable[[Call], list[str]],
+        help: str,
+    ) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.set_defaults(work=work)
         return added
@@ -196,7 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         call = make_parser().read_known(argv)
+        # Only a first reading tells which command it is.
         work_of_command = call.flags.work
+        # Measuring loads a model, which may have to be fetched.
         quieten(offline=work_of_command is not _measure)
         if work_of_command is not _measure:  # the other commands have no further flags
             call = make_parser().read(argv)

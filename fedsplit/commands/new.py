@@ -64,9 +64,11 @@ def make(folder: Path) -> list[Path]:
     texts = {}
     for source in sorted(TEMPLATE.rglob("*")):
         place = source.relative_to(TEMPLATE)
+        # Python may have left compiled modules of the template.
         if source.is_file() and "__pycache__" not in place.parts:
             file = place.with_name(_HIDDEN.get(place.name, place.name))
-            texts[Path(_renamed(str(file), name))] = _renamed(source.read_text(encoding="utf-8"), name)
+            text = _renamed(source.read_text(encoding="utf-8"), name)
+            texts[Path(_renamed(str(file), name))] = text
 
     def fill(draft: Path) -> None:
         for file, text in texts.items():

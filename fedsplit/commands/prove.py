@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         flags = make_parser().parse_args(argv)
+        # The config.json may have to be fetched.
         quieten(offline=False)
 
         from fedsplit.model.derivation import family_of
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except InputError:
             raise
         except Exception as error:
+            # Where transformers itself cannot run the model, the cut is not to blame.
             fault = uncut_fault(config)
             if fault:
                 words = f"transformers' own model of type {config.model_type} does not run with this configuration"
@@ -87,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(document, indent=2))
         else:
             print(*table(flags.model, family, proof, cuts), sep="\n")
+        # Only after the table, which says what differs.
         if not proof.trains:
             raise InputError(f"model: {flags.model} cannot be cut exactly")
 

@@ -57,11 +57,13 @@ def check(job: Job) -> None:
     for folder in [*job.runs, *([job.baseline] if job.baseline else [])]:
         with collector.collecting():
             read_run(folder)
+    # The page of a single run lies in the run's folder, where `write_report` checks the place.
     default = Path(REPORT) if len(job.runs) > 1 else None
     out = job.out or default
     if out is not None:
         with collector.collecting():
             check_free(out)
+    # Unlike a report, a table has no mark by which an earlier one is known: nothing that is there is replaced.
     for flag, file in (("markdown", job.markdown), ("latex", job.latex)):
         with collector.collecting():
             _check_table(flag, file)
@@ -174,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         collector.extend(call.errors)
         collector.check()
         flags = call.flags
+        # Only a prompt needs a model.
         if flags.prompt:
             prepare()
         quieten(offline=False)

@@ -175,7 +175,11 @@ def _check_settings(config: Config, objects: Objects, watchdog: Watchdog) -> tup
     return facts, strategy, measures
 
 
-def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog) -> list[Callable[[], object]]:
+def _checks_of_settings(
+    config: Config,
+    facts: Facts | None,
+    watchdog: Watchdog,
+) -> list[Callable[[], object]]:
     """Returns the checks of settings that need neither the strategy nor the data.
 
     The order is the order of the messages. Of two errors about one value, only the first is shown. A check reads the

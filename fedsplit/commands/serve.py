@@ -98,9 +98,11 @@ def load_config(path: Path) -> Config:
     try:
         config = settle({}, {}, path)
     except SettingError as error:
+        # `settle` names the file after its flag in a run. Here the flag is --run.
         if error.setting != "config":
             raise
         raise SettingError("run", error.value, error.allowed) from error
+    # An error here is reported by itself, since several checks below need the facts.
     facts = read_facts(config_folder(config.model))
     collector = ErrorCollector()
     checks_of_trunk: list[Callable[[], object]] = [
@@ -154,7 +156,12 @@ def load_trunk(config: Config) -> ServedTrunk:
 
 @contextmanager
 def serving(
-    config: Config, host: str, port: int, tls: Path | None, token: Path, limits: dict[str, Any]
+    config: Config,
+    host: str,
+    port: int,
+    tls: Path | None,
+    token: Path,
+    limits: dict[str, Any],
 ) -> Iterator[GrpcServer]:
     """Offers a trunk until the end of the context.
 
@@ -177,6 +184,7 @@ def serving(
     from fedsplit.wire.limits import Limits
     from fedsplit.wire.token_files import own_token
 
+    # Limits, certificates and token come before the weights, which take a while to load.
     checked_limits = dataclasses.replace(Limits(), **limits)
     identities = read_identities(tls) if tls is not None else None
     secret = own_token(token)
@@ -201,7 +209,10 @@ def serving(
         trunk.close()
 
 
-def main(argv: Sequence[str] | None = None, wait: Callable[[], object] = _never.wait) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    wait: Callable[[], object] = _never.wait,
+) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code.
 
     Args:
@@ -217,11 +228,14 @@ def main(argv: Sequence[str] | None = None, wait: Callable[[], object] = _never.
         warnings.simplefilter("ignore")
         config = load_config(flags.config)
         token = flags.token_file or flags.config.with_suffix(".token")
+        # By `vars`, since a name with a dot is no attribute.
         limits = {name: value for name in LIMITS if (value := vars(flags)[f"limits.{name}"]) is not None}
         with serving(config, flags.host, flags.port, flags.tls, token, limits) as server:
             how = "TLS" if flags.tls else "no encryption"
+            # The colons of an IPv6 address would run into that of the port.
             place = f"[{flags.host}]" if ":" in flags.host else flags.host
             about = f"model {config.model}, blocks {config.cut}, {how}, token in {token}"
+            # Flushed: whoever has started this process waits for the line, and a pipe would hold it back.
             print(f"trunk ready at {place}:{server.port}: {about}", flush=True)
             wait()
 

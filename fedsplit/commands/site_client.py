@@ -103,6 +103,7 @@ def problems(site: Site, flags: Mapping[str, Any]) -> Iterator[InputError]:
     collector = ErrorCollector()
     collector.collect([lambda: check_dataset(config.dataset, config.data)])
     is_no_party = bool(config.trunk.tls) and not is_of_one_party(Path(config.trunk.tls))
+    # The folder of a whole set would be reported as one that lacks a file.
     if not is_no_party:
         collector.collect([lambda: check_server(config)])
     yield from collector.errors
@@ -131,10 +132,12 @@ def supernode(flags: Mapping[str, Any], file: Path) -> list[str]:
         flags: Flags of the command.
         file: The site's file.
     """
+    # Beside this Python first: a virtual environment need not be active.
     program = shutil.which("flower-supernode", path=str(Path(sys.executable).parent)) or "flower-supernode"
     from fedsplit.federation.client_site import NODE_KEY
 
     call = [program, "--superlink", flags["superlink"], "--node-config", f'{NODE_KEY}="{file}"']
+    # With a port that is always the same, a machine could play one client only.
     call += ["--port", str(flags["port"] or _free_port())]
     if flags["insecure"]:
         call.append("--insecure")
@@ -164,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         site = site_of(flags)
         check_all(problems(site, flags))
+        # The SuperNode and the processes of the client read the path, too, wherever they work.
         site = replace(site, folder=site.folder.absolute())
         with locked(site.folder) as lock:
             if lock.was_killed:
@@ -199,8 +203,10 @@ def _play(call: Sequence[str], lock: SiteLock) -> int:
             is still taken.
     """
     # Flower's programs start each other by name. They are beside this Python, which need not be on the path.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    with subprocess.Popen(call, pass_fds=(lock.descriptor,), env={**os.environ, "PATH": path}) as process:
+    beside_python = str(Path(sys.executable).parent)
+    path = os.pathsep.join([beside_python, os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": path}
+    with subprocess.Popen(call, pass_fds=(lock.descriptor,), env=environment) as process:
         try:
             return process.wait()
         finally:

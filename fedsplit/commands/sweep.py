@@ -54,12 +54,14 @@ class OnePartition:
         """Returns the data of a run, divided among the clients."""
         from fedsplit.corpora.partition import partition_of
 
+        # All that decides about the sequences of a run; the model, since its tokenizer cuts the texts.
         key = (
             *(config.model, config.dataset, config.partition, config.clients, config.seed),
             *(config.train.max_length, config.data),
         )
         if self._partition is None or key != self._key:
             self._partition = partition_of(config)
+            # Only now: reading may fail, and the key must not name data that are not there.
             self._key = key
         return self._partition
 
@@ -72,6 +74,7 @@ def warm() -> None:
     """Imports what every run needs."""
     prepare()
     warnings.simplefilter("ignore")
+    # For their own sake: the modules stay loaded for all runs of the process.
     import fedsplit.engines.in_process
     import fedsplit.results.merging  # noqa: F401
 
@@ -81,6 +84,7 @@ def play(config: Config) -> dict[str, Any]:
     from fedsplit.commands import simulate
     from fedsplit.trunk.memory import forget_peak_memory, return_free_pages
 
+    # Memory of the run before must not count for this run's peak.
     gc.collect()
     return_free_pages()
     forget_peak_memory()
@@ -118,7 +122,8 @@ class Progress:
     @property
     def left(self) -> str:
         """Time left in words, by the runs so far."""
-        seconds = (time.monotonic() - self.started) / self.done * (self.of - self.done)
+        seconds_a_run = (time.monotonic() - self.started) / self.done
+        seconds = seconds_a_run * (self.of - self.done)
         if self.done == self.of:
             return f"{self.done} of {self.of}"
         return f"{self.done} of {self.of}, about {_clock(seconds)} left"
@@ -153,7 +158,11 @@ class Checked:
     result: FinishedRun | None
 
 
-def check(study: Study, out: Path, begin: Callable[[], object] = lambda: None) -> list[Checked]:
+def check(
+    study: Study,
+    out: Path,
+    begin: Callable[[], object] = lambda: None,
+) -> list[Checked]:
     """Checks all runs of a study. The data are read, and no file is written.
 
     Args:
@@ -185,6 +194,7 @@ def check(study: Study, out: Path, begin: Callable[[], object] = lambda: None) -
                     run_checks.check(config, read=_read_data)
             checked.append(Checked(run, config, folder, result))
         except InputError as error:
+            # By error, since many runs share a wrong setting: each error is shown once, with the runs that have it.
             for each in error.errors:
                 by_error.setdefault(str(each), []).append(run.name)
     collector = ErrorCollector()
@@ -216,6 +226,7 @@ class _Once(io.StringIO):
         for line in text.splitlines():
             if line.strip() and line not in self.shown:
                 self.shown.add(line)
+                # `sys.stdout` is this very object while it is redirected.
                 print(line, file=sys.__stdout__, flush=True)
         return len(text)
 
@@ -239,6 +250,7 @@ def sweep(path: Path, out: Path, jobs: int, only_check: bool = False) -> int:
     progress = Progress(len(study.runs))
     with Workers(play, warm, words_of, jobs or _cores(study), progress.may_grow) as workers:
         if jobs:
+            # The user's number of runs stands, whatever memory is free.
             workers.may_grow = lambda: True
         prepare()
         warnings.simplefilter("ignore")
@@ -286,16 +298,24 @@ def _advice(path: Path, out: Path, progress: Progress, checked: Sequence[Checked
     return f"{before + progress.done} of {len(checked)} runs have ended; fedsplit sweep {path} --out {out} goes on"
 
 
-def _play_all(study: Study, checked: Sequence[Checked], out: Path, workers: Workers, progress: Progress) -> int:
+def _play_all(
+    study: Study,
+    checked: Sequence[Checked],
+    out: Path,
+    workers: Workers,
+    progress: Progress,
+) -> int:
     """Plays the runs without a result, and writes what has come out."""
     from fedsplit.studies.comparison_table import FailedRun
     from fedsplit.studies.folder import LOGS, opened
 
     by_name = {each.folder.name: each for each in checked}
     results = {name: each.result for name, each in by_name.items() if each.result is not None}
+    # Finished runs tell how much memory a run needs, before the first of the new ones has ended.
     for result in results.values():
         progress.learn(dict(result.summary))
     todo = [each for each in checked if each.result is None]
+    # The time left is that of the runs that are played now.
     progress.of = len(todo)
     progress.started = time.monotonic()
     _say_start(checked, todo, out)
@@ -315,7 +335,9 @@ def _play_all(study: Study, checked: Sequence[Checked], out: Path, workers: Work
             if not outcome.value["complete"]:
                 early.append(each.run.name)
         print(_line(each.run.name, outcome, progress), flush=True)
-    _write_results(study, [results[name] for name in by_name if name in results], list(failed.values()), out)
+    # In the order of the study, and not in that in which the runs have ended.
+    in_order = [results[name] for name in by_name if name in results]
+    _write_results(study, in_order, list(failed.values()), out)
     for name, run in failed.items():
         print(f"fedsplit: {name} failed: {run.reason}", file=sys.stderr)
     for name in early:
@@ -344,7 +366,12 @@ def _line(name: str, outcome: Outcome, progress: Progress) -> str:
     return f"{name}  {losses}  {outcome.value['wall_seconds']:.1f} s  {progress.left}"
 
 
-def _write_results(study: Study, results: Sequence[FinishedRun], failed: Sequence[FailedRun], out: Path) -> None:
+def _write_results(
+    study: Study,
+    results: Sequence[FinishedRun],
+    failed: Sequence[FailedRun],
+    out: Path,
+) -> None:
     """Writes the comparison of all runs and the table of those with a result, and prints the comparison of losses."""
     from fedsplit.durable import write_text
     from fedsplit.studies.comparison_table import as_json, comparison, markdown, origin_of
@@ -379,7 +406,8 @@ def _screen(lines: Sequence[Line]) -> Iterator[str]:
     from fedsplit.formatting import aligned
     from fedsplit.studies.comparison_table import remark, tables
 
-    yield from itertools.chain.from_iterable(aligned(rows) for rows in itertools.islice(tables(lines), 1))
+    for rows in itertools.islice(tables(lines), 1):
+        yield from aligned(rows)
     if words := remark(lines):
         yield words
 

@@ -24,7 +24,10 @@ class AwayNodes:
     """
 
     def __init__(
-        self, seconds: float, there: Callable[[], Iterable[int]], clock: Callable[[], float] = time.monotonic
+        self,
+        seconds: float,
+        there: Callable[[], Iterable[int]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Starts without a message.
 
@@ -52,6 +55,8 @@ class AwayNodes:
             messages: New messages.
         """
         now = self._clock()
+        # To ask which nodes are there is a request to the SuperLink. Waiting messages alone ask once in
+        # `_LOOK_SECONDS`.
         if not self._seconds or not (messages or (self._held and now >= self._next_look)):
             return messages
         self._next_look = now + _LOOK_SECONDS
@@ -71,4 +76,5 @@ class AwayNodes:
 
     def forget(self) -> None:
         """Drops the messages that wait."""
+        # `_since` stays: the time that a node is away does not begin again.
         self._held = []

@@ -139,7 +139,10 @@ def numbers_of(label: str) -> list[int]:
     return found
 
 
-def homes(labels: Mapping[str, Mapping[str, str]], clients: int) -> dict[int, str]:
+def homes(
+    labels: Mapping[str, Mapping[str, str]],
+    clients: int,
+) -> dict[int, str]:
     """Returns the node of each client.
 
     Args:
@@ -198,7 +201,13 @@ class PinnedClients(Shipping):
     Changes of base weights are the server's, and travel as elsewhere.
     """
 
-    def __init__(self, config: Config, root: Path, driver: str, home: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        root: Path,
+        driver: str,
+        home: Mapping[int, str],
+    ) -> None:
         """Knows where each client is.
 
         Args:

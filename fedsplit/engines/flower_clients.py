@@ -162,6 +162,8 @@ class FlowerClients:
                 if isinstance(answer, Failure):
                     if answer.kind == FOREIGN_DATA:
                         raise FederationFailed(answer.reason)
+                    # A kind is the client's own word. A failure without one comes from Flower, which quotes Ray's
+                    # error.
                     kind = CLIENT_LOST if _LOST_PROCESS in answer.reason and not answer.kind else answer.kind
                     if _RESTARTING in answer.reason and not answer.kind and time.monotonic() < started + self._patience:
                         turned_away.append(request)
@@ -188,7 +190,11 @@ class FlowerClients:
         down, up = (now - then for now, then in zip(self._told, before, strict=True))
         return {"client_files_down": down, "client_files_up": up}
 
-    def _replies(self, messages: Iterable[Message], until: float | None = None) -> Iterator[tuple[int, Message]]:
+    def _replies(
+        self,
+        messages: Iterable[Message],
+        until: float | None = None,
+    ) -> Iterator[tuple[int, Message]]:
         """Sends messages, some at a time, and yields the replies as they arrive, until a deadline.
 
         Yields:

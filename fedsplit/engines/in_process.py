@@ -97,7 +97,9 @@ class LocalClients:
         self._services = services
         self._watchdog = watchdog
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self._players = [_Player(service, self._answers) for service in services] if len(services) > 1 else []
+        self._players = []
+        if len(services) > 1:
+            self._players = [_Player(service, self._answers) for service in services]
         self._idle = list(self._players)
         self._under_way: dict[int, _Player] = {}  # by client
 

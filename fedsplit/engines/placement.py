@@ -157,7 +157,13 @@ def nodes_with(label: str) -> list[str]:
     return [node["NodeID"] for node in _nodes() if wanted and _has(node, wanted)]
 
 
-def no_room(who: str, resources: str, label: str, seconds: float, count: int = 1) -> SettingError:
+def no_room(
+    who: str,
+    resources: str,
+    label: str,
+    seconds: float,
+    count: int = 1,
+) -> SettingError:
     """Returns the error for an actor without room on any node.
 
     Args:
@@ -184,7 +190,12 @@ def no_room(who: str, resources: str, label: str, seconds: float, count: int = 1
     return SettingError(f"{who}.resources", resources, allowed)
 
 
-def places(resources: str, label: str, taken: Mapping[str, float], count: int = 1) -> int:
+def places(
+    resources: str,
+    label: str,
+    taken: Mapping[str, float],
+    count: int = 1,
+) -> int:
     """Returns the number of actors for which the nodes have room.
 
     Args:
@@ -259,7 +270,10 @@ def _has_room(room: Mapping[str, float], amounts: Mapping[str, float]) -> bool:
     return all(room.get(name, 0.0) >= amount for name, amount in amounts.items())
 
 
-def _without(room: Mapping[str, float], taken: Mapping[str, float]) -> dict[str, float]:
+def _without(
+    room: Mapping[str, float],
+    taken: Mapping[str, float],
+) -> dict[str, float]:
     """Returns the resources of a node that remain."""
     return {name: amount - taken.get(name, 0.0) for name, amount in room.items()}
 

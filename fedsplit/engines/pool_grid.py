@@ -65,6 +65,7 @@ def load_client() -> Callable[[Message, Context, Luggage | None], Played | Lacki
         try:
             settings[STORE] = str(luggage.arrive(Path(str(settings[STORE])), client))
         except MissingFiles:
+            # No error: the driver only knows too much about this node, and sends all files again.
             return Lacking()
         except ForeignData as error:
             failure = Failure(client, FOREIGN_DATA, str(error))
@@ -138,6 +139,7 @@ class _Delivery:
                 except (ValueError, NotWritten) as error:
                     result = error
             else:
+                # After an error, nobody knows which files were written before it.
                 self.carrier.forget(place)
         self.arrived(self.message, place, result)
 
@@ -246,7 +248,12 @@ class PoolGrid(Grid):
         with self._arrived:
             self._arrived.wait_for(lambda: self._replies, seconds)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+    def send_and_receive(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+    ) -> list[Message]:
         """Sends messages, and returns the replies that arrive in time."""
         waiting = set(self.push_messages(messages))
         until = None if timeout is None else time.monotonic() + timeout

@@ -87,6 +87,7 @@ class RaySession(RayHost):
         rooms = {}
         for node, clients in clients_of.items():
             beside = {name: amount * self._reservation.parts_on(node) for name, amount in taken.items()}
+            # More processes than a node has clients would have nothing to do.
             rooms[node] = min(clients, placement.room_on(node, client.resources, client.label, beside))
             if not rooms[node]:
                 raise placement.no_room("client", client.resources, client.label, self.config.ray.wait)
@@ -211,15 +212,19 @@ def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[
             config = replace(config, wire=replace(config.wire, tls=tls))
             ray_nodes.check_certificates(nodes, tls)
         is_pinned = config.data.at == "label"
-        home = client_data.homes({node.id: node.labels for node in nodes}, config.clients) if is_pinned else {}
+        home = {}
+        if is_pinned:
+            home = client_data.homes({node.id: node.labels for node in nodes}, config.clients)
         with _session(config, plan, objects, home) as session:
             session.settle()
             workers = Counter(place.node for place in session.pool.places())
             session.notes += ray_nodes.table(nodes, Counter(session.trunk.nodes()), workers)
             if is_pinned:
                 session.notes += client_data.table(home, {node.id: node.address for node in nodes})
+            # Ray's own switch for TLS between its processes.
             if config.wire.tls and os.environ.get("RAY_USE_TLS", "0") != "1":
                 session.notes.append("packets are encrypted; what Ray carries, such as adapters and data, is not")
+            # Room in the cluster has decided about the processes, and not the cores of this machine.
             session.plan = replace(plan, workers=sum(workers.values()))
             yield session
 

@@ -65,7 +65,11 @@ def survey() -> list[Node]:
     return sorted(found, key=lambda node: (node.address, node.id))
 
 
-def _ask(addresses: Mapping[str, str], question: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+def _ask(
+    addresses: Mapping[str, str],
+    question: Callable[..., Any],
+    *arguments: Any,
+) -> dict[str, Any]:
     """Calls a function on nodes, all at once.
 
     Args:
@@ -165,7 +169,11 @@ def _public(name: str, version: str) -> str:
     return version.rpartition(".")[0] if name == "python" else version.partition("+")[0]
 
 
-def table(nodes: Sequence[Node], trunks: Mapping[str, int], workers: Mapping[str, int]) -> list[str]:
+def table(
+    nodes: Sequence[Node],
+    trunks: Mapping[str, int],
+    workers: Mapping[str, int],
+) -> list[str]:
     r"""Returns the lines of a table of nodes.
 
     Args:

@@ -42,7 +42,11 @@ class _Server(threading.Thread):
             self.error = error
 
 
-def run_in_thread(federation: Stoppable, loop: Callable[[], object], kill: Callable[[], object]) -> None:
+def run_in_thread(
+    federation: Stoppable,
+    loop: Callable[[], object],
+    kill: Callable[[], object],
+) -> None:
     """Runs the loop of a federation to its end.
 
     The loop is in a second thread. Python raises signals in the main thread alone, and a wait of the loop in a library

@@ -48,6 +48,7 @@ class StallWatch:
         """
         if self._clock() - self._since < self._seconds:
             return
+        # The time begins again: after a kill, new processes have as long for a sign of life.
         self._since = self._clock()
         # The first look has nothing to compare with, and so counts as a sign of life.
         before, self._seen = self._seen, self._progress()

@@ -102,7 +102,8 @@ class ClientWorker:
 
     def place(self) -> Place:
         """Returns the place of this process."""
-        return Place(ray.get_runtime_context().get_node_id(), os.getpid(), ray.util.get_node_ip_address())
+        node = ray.get_runtime_context().get_node_id()
+        return Place(node, os.getpid(), ray.util.get_node_ip_address())
 
     def play(self, *arguments: Any) -> Any:
         """Does a piece of work."""
@@ -238,6 +239,7 @@ class _Worker(threading.Thread):
             self._next = None
         except Exception as error:  # noqa: BLE001  # of the work, and told to whoever gave it
             result = error
+        # Before `done`: the work has its result, and `kill_busy` must not kill the process for it.
         self.is_busy = False
         call.work.done(call.place, result)
 
@@ -369,7 +371,12 @@ class WorkerPool:
             # All are woken: perhaps only one of them is on the node that the work needs.
             self._changed.notify_all()
 
-    def take(self, place: Place | None, node: str, is_ready: Callable[[], bool]) -> Work | None:
+    def take(
+        self,
+        place: Place | None,
+        node: str,
+        is_ready: Callable[[], bool],
+    ) -> Work | None:
         """Waits for a piece of work. Returns None when the pool closes, or the worker has lost its actor.
 
         Args:
@@ -429,6 +436,7 @@ class WorkerPool:
     def away(self) -> Iterator[None]:
         """Ends all workers to free their resources, and starts new workers at the end of the context."""
         with self._changed:
+            # Before the actors are given up, so that no thread takes their room for another one.
             self._keeps_room = True
             for worker in self._workers:
                 worker.give_up()
@@ -455,6 +463,7 @@ class WorkerPool:
     def close(self) -> None:
         """Ends all workers, at once."""
         with self._changed:
+            # Before the kills below, so that no thread replaces an actor that is killed.
             self.is_closed = True
             self._changed.notify_all()
         for worker in self._workers:

@@ -97,6 +97,8 @@ def rounds_of_adapters(parties: Parties, clock: Clock | None = None) -> list[Rou
         for round in range(1, min(config.rounds, PLAYED) + 1):
             rounds.append(server.play(round))
     for round in range(PLAYED + 1, config.rounds + 1):
+        # Strategies such as RoLoRA train factors A and B in turn. `PLAYED` is even, so that an odd round repeats an
+        # odd one.
         earlier = rounds[PLAYED - round % 2]
         rounds.append(earlier)
     return rounds
@@ -119,6 +121,7 @@ class _Server:
         self._ledger = AdapterLedger(self._config, self._aggregation.traits, parts, folder, folder)
         self._adapters = self._ledger.start
         self._codec: AdapterCodec | None = None
+        # Raw tensors are counted by their sizes alone, and stand-ins suffice. A codec must see values.
         if self._config.adapter.codec != "raw":
             self._codec = AdapterCodec(self._config.adapter.codec, self._config.seed, self._ledger.rule.crossing)
         names = [f"client {client}" for client in range(self._config.clients)]
@@ -139,7 +142,9 @@ class _Server:
     def _bytes(self, tensors: Mapping[str, Tensor]) -> int:
         """Returns the serialised bytes of tensors, some of which are stand-ins."""
         # `expand` takes no memory.
-        whole = {name: tensor.expand(self._shapes.get(name, tensor.shape)) for name, tensor in tensors.items()}
+        whole = {}
+        for name, tensor in tensors.items():
+            whole[name] = tensor.expand(self._shapes.get(name, tensor.shape))
         return serialised_bytes(whole)
 
     def _bytes_down(self, client: int, assignment: Assignment, round: int) -> int:
@@ -160,6 +165,7 @@ class _Server:
         trained = {name: update.adapters.tensors[name] for name in names}
         if self._codec is None:
             return self._bytes(trained)
+        # `_update` always sets the adapters that were given.
         assert update.given is not None
         given = {name: update.given.tensors[name] for name in trained}
         changes = self._codec.encode_changes(self._in_full(trained), self._in_full(given), update.client, round)
@@ -176,10 +182,13 @@ class _Server:
         """Plays a round."""
         ledger = self._ledger
         assigned = self._aggregation.assign(round, self._adapters, self._roster)
-        unavailable = [] if self._clock is None else sorted(self._clock.virtual.unavailable(round, sorted(assigned)))
+        unavailable = []
+        if self._clock is not None:
+            unavailable = sorted(self._clock.virtual.unavailable(round, sorted(assigned)))
         down: dict[int, int] = {}
         up: dict[int, int] = {}
         updates = {}
+        # Sorted, since invented updates draw random numbers, and a set has no order.
         for client in sorted(assigned.keys() - {*unavailable}):
             assignment = assigned[client]
             task = assignment.task
@@ -192,6 +201,7 @@ class _Server:
             sent_control = {name: update.control[name] for name in returned if name in update.control}
             up[client] = self._bytes_up(update, returned, round) + self._bytes(sent_control)
         time = None if self._clock is None else self._clock.training(round, down, up, unavailable)
+        # Updates that come too late have crossed, so that their bytes count. The server does not use them.
         for client in () if time is None else (*time.late, *time.surplus):
             del updates[client]
         for client in updates:
@@ -201,6 +211,7 @@ class _Server:
 
     def _aggregate(self, round: int, updates: list[ClientUpdate]) -> None:
         """Lets the strategy aggregate updates."""
+        # As in a run: without updates nothing is aggregated, and no change of base weights is news to clients.
         if not updates and not self._aggregation.traits.idles:
             self._ledger.fold(round, {})
             return
@@ -212,7 +223,8 @@ class _Server:
     def to_measure(self) -> RoundOfAdapters:
         """Returns what a client that measures is sent."""
         news = serialised_bytes(pack_changes(self._ledger.news))
-        return RoundOfAdapters(news=news, measured=self._bytes(self._ledger.rule.crosses(self._adapters.tensors)))
+        crossing = self._ledger.rule.crosses(self._adapters.tensors)
+        return RoundOfAdapters(news=news, measured=self._bytes(crossing))
 
     def _update(self, client: int, assignment: Assignment) -> ClientUpdate:
         """Returns an invented update, in which every trained tensor has changed a little."""
@@ -226,6 +238,7 @@ class _Server:
         control = {}
         for name, tensor in (assignment.task.control or {}).items():
             control[name] = self._change(tensor.shape, client)
+        # Equal counts for all clients: they weigh the updates, and decide about no byte.
         return ClientUpdate(
             client,
             given.with_tensors(trained),

@@ -70,6 +70,7 @@ def alternatives_of(found: Estimate) -> list[Alternative]:
             of_step = sum(counted.step(of_batch).values())
             for cut in cuts_of(found):
                 seconds = found.seconds
+                # The run as it is set has been replayed already, and more exactly.
                 if (cut, codec, micros) != own:
                     short = _seconds(found, counted, cut)
                     scaled = short.training * training, short.evaluation * evaluation
@@ -93,7 +94,9 @@ def _seconds(found: Estimate, counted: StepTraffic, cut: tuple[int, int]) -> Sec
     if cut != config.bounds:
         of_cut = operations(found.layout, cut, config.train.batch_size)
         dtype = config.dtype
-        compute = StatedCompute(of_cut, found.field.client.speed(dtype), found.field.trunk.speed(dtype))
+        client_speed = found.field.client.speed(dtype)
+        trunk_speed = found.field.trunk.speed(dtype)
+        compute = StatedCompute(of_cut, client_speed, trunk_speed)
     clock = Clock(parties, counted, compute, LIMITS)
     return seconds_of(config, clock, found.adapters[-1])
 
@@ -112,6 +115,7 @@ def flags_of(one: Alternative, config: Config) -> str:
     is_own = one.codec == codec_name(wire)
     flags.append(f"--wire.codec {wire.codec if is_own else one.codec}")
     for role in _ROLES:
+        # The codec of a role wins over --wire.codec. Each role that the run sets has to be set again.
         if getattr(wire, role):
             flags.append(f"--wire.{role.replace('_', '-')} {getattr(wire, role) if is_own else one.codec}")
     return " ".join([*flags, f"--micro-batches {one.micro_batches}"])
@@ -136,6 +140,7 @@ def cuts_of(found: Estimate) -> list[tuple[int, int]]:
         return [own]
     depths = {1, 2, facts.blocks // 8, facts.blocks // 4, facts.blocks // 3}
     cuts = [(depth, facts.blocks - depth) for depth in sorted(depths) if 0 < depth < facts.blocks - depth]
+    # Blocks that share keys and values cannot be parted.
     possible = [cut for cut in cuts if not facts.closed.intersection(cut)]
     return [own, *(cut for cut in possible if cut != own)]
 
@@ -152,6 +157,7 @@ def micro_batches_of(found: Estimate) -> list[int]:
     """Returns the numbers of micro-batches that are compared: that of the run, and those that divide its batch."""
     config = found.parties.config
     own = config.train.micro_batches
+    # A schedule that gathers steps takes no micro-batches.
     if found.parties.schedule.gathers:
         return [own]
     examples = config.train.batch_size // found.parties.demands.rows
@@ -167,5 +173,9 @@ def shown(found: Estimate, compared: Sequence[Alternative]) -> list[Alternative]
         choice = (one.cut, one.codec, one.micro_batches)
         differences = sum(mine != other for mine, other in zip(own, choice, strict=True))
         if differences <= 1:
-            chosen.append((differences, one.codec != own[1], one.micro_batches != own[2], one))
-    return [one for *_, one in sorted(chosen, key=lambda entry: (*entry[:3], entry[3].cut, entry[3].micro_batches))]
+            has_other_codec = one.codec != own[1]
+            has_other_micros = one.micro_batches != own[2]
+            chosen.append((differences, has_other_codec, has_other_micros, one))
+    # The run itself, then other cuts, then other codecs, then other numbers of micro-batches.
+    chosen.sort(key=lambda entry: (*entry[:3], entry[3].cut, entry[3].micro_batches))
+    return [one for *_, one in chosen]

@@ -128,6 +128,7 @@ def _bytes(found: Estimate) -> list[str]:
     for kind, words in _KINDS.items():
         for direction in ("up", "down"):
             values = [column[f"{kind}_{direction}"] for column in columns]
+            # A row of dashes would tell nothing.
             if any(values):
                 rows.append((f"  {words} {direction}", *(size(value) if value else "-" for value in values)))
     for direction in ("up", "down"):
@@ -178,6 +179,7 @@ def _place(found: Estimate) -> list[str]:
         words = f"{len(found.profiles)} kinds of clients"
     if config.network.compute:
         return [f"seconds on {field.network} ({words})", "  client and trunk: recorded by --network.compute"]
+    # Several kinds of clients have several factors, of which the line names none.
     factor = 1.0 if others else profile.compute
     devices = f"  client: {_device(field.client, config.dtype, factor)}; trunk: {_device(field.trunk, config.dtype)}"
     return [f"seconds on {field.network} ({words})", devices]
@@ -212,6 +214,7 @@ def _time(seconds: float) -> str:
         >>> _time(0.0123), _time(4.2), _time(600), _time(90000)
         ('12 ms', '4.2 s', '10.0 min', '25.0 h')
     """
+    # From 0.0995 s on, milliseconds would be rounded to 100 and more, where 0.1 s says as much.
     if seconds < 0.0995:
         return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 or not seconds else f"{seconds * 1000:.1g} ms"
     if seconds < 120:
@@ -268,6 +271,7 @@ def assumptions(found: Estimate) -> list[str]:
         f"the trunk serves one step at a time; its line has {_line(found)} for all",
     ]
     if config.trunk.replicas > 1:
+        # In place of the line on a single trunk.
         lines[-1] = f"each of {config.trunk.replicas} replicas serves one step at a time, on a line of {_line(found)}"
     if config.rounds > PLAYED:
         lines.append(f"after round {PLAYED}, rounds are as the two before, in bytes and seconds")

@@ -50,6 +50,7 @@ def sampled_batches(parties: Parties) -> dict[int, int]:
     """Returns the number of sequences of each batch that a client measures right after its local steps, by number."""
     sizes = evaluation_sizes(parties)
     count = -(-parties.config.eval.after // parties.config.train.batch_size)  # rounded up
+    # The batches that `fedsplit.client.heldout` chooses in a run.
     chosen = spread(torch.arange(len(sizes)), count).tolist()
     return {number: sizes[number] for number in chosen}
 

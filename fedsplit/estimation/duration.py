@@ -72,13 +72,13 @@ def seconds_of(config: Config, clock: Clock, adapters: RoundOfAdapters) -> Secon
     """
     training = clock.training(config.rounds, adapters.down, adapters.up)
     busy = {client: _busy(time) for client, time in training.phase.spent.items()}
+    # Nobody trains in a last round in which all clients are absent. Client 0 then stands for all.
     pace = max(busy, key=lambda client: busy[client], default=0)
     alone = clock.alone(pace)
     in_crowd = training.phase.spent.get(pace, alone)
     # The same round without the others, adapters included.
-    own_down, own_up = (
-        {client: sent[client] for client in busy if client == pace} for sent in (adapters.down, adapters.up)
-    )
+    own_down = {client: adapters.down[client] for client in busy if client == pace}
+    own_up = {client: adapters.up[client] for client in busy if client == pace}
     without_others = clock.training(config.rounds, own_down, own_up).phase.spent.get(pace, alone)
     return Seconds(
         _busy(alone),
@@ -106,9 +106,11 @@ def rounds_of(config: Config, clock: Clock, adapters: Sequence[RoundOfAdapters])
     measured: dict[int, float] = {}
     rounds = []
     for number in range(config.rounds + 1):
+        # As in `rounds_of_adapters`: later rounds repeat the last two that were played, in turn.
         like = number if number < len(played) else PLAYED - number % 2
         evaluation = 0.0
         if is_due(config, number):
+            # A replay takes a while. Rounds that are alike share one.
             if like not in measured:
                 measured[like] = clock.evaluation(like, to_measure(config, adapters[like])).end
             evaluation = measured[like]

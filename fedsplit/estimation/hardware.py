@@ -87,6 +87,7 @@ t4 | rtx4090 | a100 | h100, or the TFLOP/s that the device sustains, such as 2.5
         teraflops = float(text)
     except ValueError:
         teraflops = math.nan
+    # NaN fails the comparison.
     if 0 < teraflops < 1e9:
         return Hardware(f"{teraflops:g} TFLOP/s", teraflops * 1e12, teraflops * 1e12)
     allowed = f"{' | '.join(HARDWARE)}, or the TFLOP/s that the device sustains, such as 2.5"

@@ -76,6 +76,7 @@ def layout_of(parties: Parties, rows: int) -> Layout:
             weights.append(sum(parameter.numel() * parameter.element_size() for parameter in frozen))
         inside += sum(weights[len(weights) - len(costs) :]) if part.kind != "trunk" else 0
     head = head_flops(parties.top, rows, length, gradient_below)
+    # What is left of the ends without their blocks: embedding, last norm and head.
     ends = counts_of(parties, ["bottom", "top"]).weights - inside
     return Layout(tuple(blocks), head, tuple(weights), ends)
 

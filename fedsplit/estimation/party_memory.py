@@ -115,6 +115,7 @@ def trunk_memory(parties: Parties, pending: int = 1) -> PartyMemory:
         step = parties.trace("trunk", rows * together, number)
         hidden = rows * parties.positions * parties.facts.width * step.dtype.itemsize
         kept = step.kept + hidden if step.needs_gradient else hidden  # the input stays for the backward
+        # A trace of gathered steps has the activations of all clients, and `peak` multiplies by the pending batches.
         activations += micros * kept / together
         working = max(working, step.peak - step.kept + 2 * hidden)
     return _party(parties, ["trunk"], activations, working, TRUNK_LIBRARIES, pending)
@@ -157,6 +158,7 @@ def counts_of(parties: Parties, kinds: Sequence[Kind]) -> Counts:
         kinds: Parts of the party.
     """
     parameters = trainable = weights = adapters = 0
+    # With tied weights, the head of a client is its embedding: one tensor in memory.
     is_tied = bool(getattr(parties.bottom.config, "tie_word_embeddings", False)) and "bottom" in kinds
     for kind in kinds:
         bits = parties.config.bits.get(kind, parties.facts.bits)
@@ -168,6 +170,7 @@ def counts_of(parties: Parties, kinds: Sequence[Kind]) -> Counts:
                     continue
                 parameters += parameter.numel()
                 if name in own:
+                    # Adapters are float32, whatever the type of computation.
                     adapters += parameter.numel() * 4
                     trainable += parameter.numel() * (parameter.requires_grad and gets_gradient)
                 else:
@@ -206,6 +209,7 @@ def _bytes_of_moments(parties: Parties) -> int:
     train = parties.config.train
     if train.optimizer == "sgd":
         return 4 if train.momentum else 0
+    # Two moments of one byte each, or of four.
     return 2 if train.optimizer == "adamw8bit" else 8
 
 
@@ -224,5 +228,6 @@ def _stored(part: Part, name: str, parameter: Tensor, bits: int) -> int:
     is_projection = module_name.startswith(blocks) and isinstance(module, nn.Linear | Conv1D) and parameter.ndim == 2
     if not bits or not is_projection or is_uncalled(module_name, part.family):
         return parameter.numel() * parameter.element_size()
+    # One scale in float32 for each block of 4-bit values, or for each row of 8-bit values.
     scales = parameter.numel() // _BLOCK_OF_4_BIT if bits == 4 else parameter.shape[0]
     return parameter.numel() * bits // 8 + 4 * scales

@@ -101,6 +101,7 @@ class Parties:
     def micro_batches(self) -> int:
         """Number of micro-batches of a batch."""
         train = self.config.train
+        # A pair of texts is not divided, so that a batch of pairs has fewer parts.
         return max(1, min(train.micro_batches, train.batch_size // self.demands.rows))
 
     @property

@@ -82,7 +82,13 @@ class Clock:
         False
     """
 
-    def __init__(self, parties: Parties, counted: StepTraffic, compute: Compute, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        parties: Parties,
+        counted: StepTraffic,
+        compute: Compute,
+        limits: Limits | None = None,
+    ) -> None:
         """Takes what decides about the seconds.
 
         Args:
@@ -103,7 +109,11 @@ class Clock:
         self._crossings = RoundCrossings(parties, counted)
 
     def training(
-        self, round: int, down: Mapping[int, int], up: Mapping[int, int], unavailable: Sequence[int] = ()
+        self,
+        round: int,
+        down: Mapping[int, int],
+        up: Mapping[int, int],
+        unavailable: Sequence[int] = (),
     ) -> TrainingTime:
         """Returns the training of a round, with the clients that would come too late.
 
@@ -128,7 +138,8 @@ class Clock:
 
     def alone(self, client: int) -> ClientTime:
         """Returns where the time of one step goes, of a client that has the trunk for itself."""
-        steps = [crossing for crossing in self._crossings.training(self._crossings.sizes[:1]) if _is_of_step(crossing)]
+        messages = self._crossings.training(self._crossings.sizes[:1])
+        steps = [crossing for crossing in messages if _is_of_step(crossing)]
         own = [replace(crossing, client=client) for crossing in steps]
         phase = ClientPhase(0, 0, own)
         # The messages of adapters have no bytes here, and would still take half a round trip each.
@@ -173,13 +184,18 @@ class Clock:
                 phases[client] = ClientPhase(down[client], up[client], own)
             return replay(field, phases, round, name)
 
+        # At least 1, since the limit is divided by it: a phase may be without clients, and a step without messages.
         a_step = max(1, len(crossings(sizes[:1]))) * max(1, len(clients))
+        # A third of the limit, since n and 2n steps are replayed: 3n together.
         played = max(1, self._limits.crossings // a_step // 3)
+        # A phase that is hardly longer than its replayed part is replayed as a whole.
         if a_step * len(sizes) <= self._limits.crossings or 2 * played >= len(sizes):
             time = replayed(len(sizes))
         else:
             self.extends = True
-            time = _extended(replayed(played), replayed(2 * played), (len(sizes) - 2 * played) / played)
+            short = replayed(played)
+            long = replayed(2 * played)
+            time = _extended(short, long, (len(sizes) - 2 * played) / played)
         arrivals = {client: time.arrivals[like[client]] for client in like}
         return PhaseTime(arrivals, {client: time.spent[like[client]] for client in like})
 
@@ -193,6 +209,7 @@ class Clock:
         def kind(client: int) -> tuple[object, ...]:
             return field.replica(client), *field.profiles[client].document().values(), client
 
+        # Neighbours in this order have like lines and devices, so that one can stand for the next ones.
         ordered = sorted(clients, key=kind)
         return {client: ordered[place - place % stride] for place, client in enumerate(ordered)}
 
@@ -267,5 +284,8 @@ def _extended(short: PhaseTime, long: PhaseTime, further: float) -> PhaseTime:
         arrivals[client] = end + further * (end - short.arrivals[client])
         before = short.spent[client].seconds
         places = long.spent[client].seconds
-        spent[client] = ClientTime({name: own + further * (own - before[name]) for name, own in places.items()})
+        in_all = {}
+        for name, own in places.items():
+            in_all[name] = own + further * (own - before[name])
+        spent[client] = ClientTime(in_all)
     return PhaseTime(arrivals, spent)

@@ -73,7 +73,10 @@ class Estimate:
     def document(self) -> dict[str, Any]:
         """Returns the estimate as plain values for JSON: bytes, operations and seconds."""
         config = self.parties.config
-        memory = {**self.memory, "trunk_with_all_pending": self.trunk_with_all}
+        parties = {**self.memory, "trunk_with_all_pending": self.trunk_with_all}
+        memory = {}
+        for party, one in parties.items():
+            memory[party] = {**asdict(one), "model": one.model, "peak": one.peak}
         return {
             "model": config.model,
             "model_type": self.parties.bottom.config.model_type,
@@ -89,7 +92,7 @@ class Estimate:
             "codecs": {f"{kind}_{way}": codec for (kind, way), codec in config.wire.codecs.items()},
             "network": {"name": self.field.network, "lines": [profile.document() for profile in self.profiles]},
             "hardware": {"client": asdict(self.field.client), "trunk": asdict(self.field.trunk)},
-            "memory": {party: {**asdict(one), "model": one.model, "peak": one.peak} for party, one in memory.items()},
+            "memory": memory,
             "bytes": {
                 "step": dict(self.traffic.step),
                 "round": dict(self.traffic.rounds[-1]),

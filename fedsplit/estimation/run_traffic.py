@@ -55,6 +55,7 @@ def run_traffic(parties: Parties, adapters: Sequence[RoundOfAdapters] | None = N
     """
     counted = StepTraffic(parties)
     sizes = step_sizes(parties)
+    # Steps of one size send equal bytes. Encoding tensors takes a while, and is done once for each size.
     by_size = {rows: counted.step(rows) for rows in {*sizes}}
     training: Traffic = sum((by_size[rows] for rows in sizes), Counter())
     training += _evaluation(parties, counted, [*sampled_batches(parties).values()], after_training=True)
@@ -69,6 +70,7 @@ def run_traffic(parties: Parties, adapters: Sequence[RoundOfAdapters] | None = N
         evaluated = measuring if is_due(config, number) else 0
         rounds.append(of_round.traffic(evaluated) + _times(training, count) + _times(evaluation, evaluated))
         trained.append(count)
+    # A full step is the largest one, since the last step of an epoch may be smaller.
     return RunTraffic(by_size[max(sizes)], training + evaluation, rounds, len(sizes), trained)
 
 

@@ -60,7 +60,9 @@ class StepTraffic:
         self._micro_batches = micro_batches or parties.config.train.micro_batches
         self._encoded: dict[tuple[int, int, str, str, bool], int] = {}
         self._states: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        wire = replace(parties.config.wire, **dict.fromkeys(_ROLES, ""), codec=codec) if codec else parties.config.wire
+        wire = parties.config.wire
+        if codec:
+            wire = replace(wire, **dict.fromkeys(_ROLES, ""), codec=codec)
         self._codecs = [span.codec(wire, parties.config.seed) for span in parties.spans]
         self._needs_examples = codec_of(wire, parties.config.seed).needs_examples
 
@@ -99,6 +101,8 @@ class StepTraffic:
         """Returns the bytes of the training of one micro-batch, without clipping."""
         traffic = self._forward(rows, "activation", training=True) + self._backward(rows)
         if self._parties.demands.compares:
+            # The base model's forward is none of training: neither sums of routers nor numbers of examples cross
+            # beside it.
             traffic += self._forward(rows, "reference", training=False)
         return traffic
 
@@ -120,6 +124,7 @@ class StepTraffic:
         positions = parties.positions if kind != "reference" else parties.config.train.max_length
         sums = self._sums_bytes() if training else 0
         numbers = self._numbers_bytes(rows) if training else 0
+        # One stage hands the state of the random generator to the next (`fedsplit.wire.packets.RANDOM`).
         state = random_state(CPU).nbytes if training else 0
         last = len(parties.stages) - 1
         traffic: Traffic = Counter()
@@ -146,7 +151,8 @@ class StepTraffic:
         sums = self._gradient_of_sums_bytes()
         last = len(parties.stages) - 1
         for stage in range(len(parties.stages)):
-            up = self._bytes(rows, parties.positions, stage, "gradient", "up", True) + sums + self._numbers_bytes(rows)
+            gradient = self._bytes(rows, parties.positions, stage, "gradient", "up", True)
+            up = gradient + sums + self._numbers_bytes(rows)
             # A stage above the first owes the stage below a gradient, if anything below learns.
             wanted = parties.wants_gradient or (stage > 0 and parties.schedule.learns)
             down = self._bytes(rows, parties.positions, stage, "gradient", "down", True) if wanted else 0
@@ -188,7 +194,15 @@ class StepTraffic:
             return 0
         return EXACT.encode(RouterSums.none(self._parties.bottom.experts).probabilities).nbytes
 
-    def _bytes(self, rows: int, positions: int, stage: int, kind: Kind, direction: Direction, training: bool) -> int:
+    def _bytes(
+        self,
+        rows: int,
+        positions: int,
+        stage: int,
+        kind: Kind,
+        direction: Direction,
+        training: bool,
+    ) -> int:
         """Returns the bytes of an encoded tensor (B, T, D) that enters or leaves a stage.
 
         Args:
@@ -200,6 +214,7 @@ class StepTraffic:
             training: False for evaluation.
         """
         place = (rows * positions, stage, kind, direction, training)
+        # Only the shape, the codec and the type decide about the bytes. Equal places are encoded once.
         if place not in self._encoded:
             # Hidden states have the type behind the part below; so have the gradients by them.
             enters_below = (kind, direction) in (("activation", "up"), ("gradient", "down"))
@@ -208,7 +223,8 @@ class StepTraffic:
             is_wide = kind == "gradient" and dtype == torch.float16
             tensor = self._random(rows, positions, torch.float32 if is_wide else dtype)
             examples = tuple(range(rows)) if training and self._needs_examples else ()
-            role = Role(kind, direction, StepKey(round=1, client=0, step=0), training, dtype, examples)
+            key = StepKey(round=1, client=0, step=0)
+            role = Role(kind, direction, key, training, dtype, examples)
             self._encoded[place] = self._codecs[stage].encode(tensor, role).nbytes
         return self._encoded[place]
 
@@ -217,5 +233,7 @@ class StepTraffic:
         key = (rows, positions, dtype)
         if key not in self._states:
             generator = torch.Generator().manual_seed(0)
-            self._states[key] = torch.randn(rows, positions, self._parties.facts.width, generator=generator).to(dtype)
+            width = self._parties.facts.width
+            values = torch.randn(rows, positions, width, generator=generator)
+            self._states[key] = values.to(dtype)
         return self._states[key]

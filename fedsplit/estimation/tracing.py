@@ -85,7 +85,11 @@ class AllocationTracker(TorchDispatchMode):
             self._sizes[tensor.untyped_storage()._cdata] = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Runs an operation, and counts the memory of its results."""
         result = _without_values(func, args, kwargs or {})
@@ -99,19 +103,26 @@ class AllocationTracker(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> None:
         """Counts the memory of a tensor, once for all its views."""
         storage = tensor.untyped_storage()
+        # The address of the storage, which all views share. A freed address may return: `_forget` has then removed
+        # it.
         key = storage._cdata
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
+        # With the storage, and not with a tensor: views and the graph may keep the memory.
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
 
 
-def _without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _without_values(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """Returns the result of an operation whose shape depends on values; NotImplemented for any other operation."""
     first = next((value for value in args if isinstance(value, FakeTensor)), None)
     if first is None:
@@ -121,6 +132,7 @@ def _without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if func is _aten._local_scalar_dense.default:
         return False if first.dtype == torch.bool else 1
     if func is _aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
+        # The most expensive mask chooses every position.
         return first.new_empty(first.shape)
     if func is _aten._grouped_mm.default:  # its rule for fake tensors refuses float32, which the CPU can do
         left, right = args[0], args[1]
@@ -159,8 +171,10 @@ def trace(
         with mode:
             return _play(part, rows, length, dtype, input_needs_gradient, classes)
 
+    # Only equal blocks can be extrapolated, and a few blocks are played as quickly.
     if len(blocks) <= _FEW[1] or not _are_equal(blocks) or getattr(part.config, "is_heterogeneous", False):
         return play()
+    # Three blocks less two are the cost of each further block.
     few, one_more = (_with_first_blocks(part, count, play) for count in _FEW)
     further = len(blocks) - _FEW[0]
 
@@ -214,8 +228,16 @@ def _with_first_blocks(part: Part, count: int, call: Callable[[], Trace]) -> Tra
         part.config.num_hidden_layers = depth
 
 
-def _play(part: Part, rows: int, length: int, dtype: torch.dtype, input_needs_gradient: bool, classes: int) -> Trace:
+def _play(
+    part: Part,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    input_needs_gradient: bool,
+    classes: int,
+) -> Trace:
     """Plays a step of a part. For the arguments see `trace`."""
+    # Dropout keeps a mask for the backward in training only.
     part.train()
     width = part.config.hidden_size
     ids = torch.zeros(rows, length, dtype=torch.long)
@@ -231,6 +253,7 @@ def _play(part: Part, rows: int, length: int, dtype: torch.dtype, input_needs_gr
             output = part(hidden, labels) if part.kind == "top" else part(hidden)
         kept = tracker.live
         forward = tracker.peak
+        # The peak of the backward begins with what the forward leaves behind.
         tracker.peak = kept
         if output.requires_grad:
             output.backward(torch.empty_like(output))

@@ -30,7 +30,12 @@ class Emitter:
         8 clients in 2 processes
     """
 
-    def __init__(self, own: Sequence[Sink], users: Sequence[Sink] = (), watchdog: Watchdog | None = None) -> None:
+    def __init__(
+        self,
+        own: Sequence[Sink],
+        users: Sequence[Sink] = (),
+        watchdog: Watchdog | None = None,
+    ) -> None:
         """Takes the sinks.
 
         Args:
@@ -49,7 +54,9 @@ class Emitter:
             try:
                 sink.handle(event)
             except Postponed as postponed:
+                # No reason to end the run, since the sink writes the event later.
                 self(Notice(text=str(postponed), warning=True))
+        # A copy, since a sink that fails leaves the list.
         for sink in list(self._users):
             self._try(sink, lambda sink=sink: sink.handle(event))  # type: ignore[misc]
 
@@ -73,6 +80,7 @@ class Emitter:
             with guard:
                 call()
         except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it raises is no reason to lose a run
+            # Before the notice, which would otherwise reach the sink that failed, and so on without an end.
             self._users.remove(sink)
             text = f"the sink {type(sink).__name__} failed and is left out from here on: {described(error)}"
             self(Notice(text=text, warning=True))
@@ -85,6 +93,7 @@ class Emitter:
     ) -> None:
         try:
             if error is not None:
+                # An exception without a message would leave a colon behind its type.
                 self(RunFailed(reason=f"{type(error).__name__}: {error}".removesuffix(": ")))
         finally:
             self.close()

@@ -15,7 +15,12 @@ Cause = Literal["unavailable", "late", "surplus"]
 """Steps of a run in which the server waits for its clients."""
 
 
-def reported(help: str, unit: str = "", default: Any = dataclasses.MISSING, omitted: bool = False) -> Any:
+def reported(
+    help: str,
+    unit: str = "",
+    default: Any = dataclasses.MISSING,
+    omitted: bool = False,
+) -> Any:
     """Declares a field of an event.
 
     Args:
@@ -62,6 +67,7 @@ class Event:
 def fields_of(kind: type[Event]) -> list[dataclasses.Field[Any]]:
     """Returns the fields of an event in the order of its JSON form: its own, then those of the base class."""
     base = {field.name for field in dataclasses.fields(Event)}
+    # The sort is stable: the fields of one class stay in their order.
     return sorted(dataclasses.fields(kind), key=lambda field: field.name in base)
 
 

@@ -24,6 +24,7 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
     """
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
+    # Folded, and not cut: the path of the run's folder is to be copied.
     table.add_column(overflow="fold")
     rows = [
         *_quality(summary),
@@ -161,14 +162,18 @@ def _virtual(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("where it went", ", ".join(shares)))
     rows += _uncounted(virtual, summary.get("client_rounds", {}))
     if virtual["stragglers"]:
-        often = sorted(virtual["stragglers"].items(), key=lambda one: (-one[1], one[0]))[:MOST_STRAGGLERS]
+        ordered = sorted(virtual["stragglers"].items(), key=lambda one: (-one[1], one[0]))
+        often = ordered[:MOST_STRAGGLERS]
         rows.append(
             ("stragglers", ", ".join(f"{name} in {counted(count, 'round', 'rounds')}" for name, count in often))
         )
     return rows
 
 
-def _uncounted(virtual: Mapping[str, Any], requests: Mapping[str, int]) -> list[tuple[str, str]]:
+def _uncounted(
+    virtual: Mapping[str, Any],
+    requests: Mapping[str, int],
+) -> list[tuple[str, str]]:
     """Returns a row on the requests to train whose update did not count on the network, none of them for a failure."""
     words = {"surplus": "not needed (over-selection)", "late": "after the deadline", "unavailable": "not available"}
     counts = [f"{virtual[cause]:,} {what}" for cause, what in words.items() if virtual.get(cause)]

@@ -28,6 +28,7 @@ class Forecast:
 
     def see(self, event: Progress, now: float) -> None:
         """Takes the progress of a run at a time in seconds."""
+        # Round 0 trains nothing, so that its time says little about the rounds that are left.
         if event.round == 0 or event.round == self._round:
             return
         if self._first == 0:
@@ -43,5 +44,6 @@ class Forecast:
         if done < 1:
             return None
         seconds_a_round = (self._began - self._first_began) / done
+        # The present round is one of them, since its time counts from its beginning.
         rounds_left = self._rounds - self._round + 1
         return max(0.0, self._began + rounds_left * seconds_a_round - now)

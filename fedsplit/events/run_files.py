@@ -61,6 +61,7 @@ class MetricsFile:
             NotWritten: The run has ended, and lines of it still cannot be written.
         """
         if isinstance(event, RunEnded) and self._waiting:
+            # Not postponed any more: a run must not end as if all its events were written.
             append_lines(self._path, self._waiting)
             self._waiting = []
         if not isinstance(event, self.KINDS):
@@ -110,6 +111,7 @@ def append_lines(path: Path, lines: Sequence[bytes]) -> None:
     """
     if not lines:
         return
+    # Without a buffer, a full disk is an error here, and not when the file is closed.
     with writing(path), open(path, "ab", buffering=0, opener=open_here) as file:
         size = file.tell()
         content = b"".join(lines)

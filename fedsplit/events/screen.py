@@ -166,6 +166,7 @@ class PlainScreen:
 
     def line(self, text: str) -> None:
         """Prints a line as it is."""
+        # Texts may have brackets, which rich would take for markup. Lines are not broken, so that they can be copied.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -245,6 +246,7 @@ class LiveScreen(PlainScreen):
         super().__init__(console)
         self._forecast = Forecast()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(BAR), _Clock(time.monotonic()))
+        # Transient: the bar leaves the terminal to the table.
         self._progress = _Bar(*columns, console=console, transient=True)
         self._progress.forecast = self._forecast
         self._task: TaskID = self._progress.add_task("starting", total=None)
@@ -271,6 +273,7 @@ class LiveScreen(PlainScreen):
         self._progress.start()  # no effect on a bar that is shown
         if self._progress.tasks[0].finished:  # rich stops the spinner of a task that was full once
             self._progress.reset(self._task)
+        # Without a total, rich moves the bar to and fro.
         self._progress.update(self._task, description=text, completed=done, total=of or None)
 
     def line(self, text: str) -> None:

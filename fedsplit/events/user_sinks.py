@@ -30,7 +30,10 @@ def check_sinks(names: Sequence[str], options: Mapping[str, Any] | None = None) 
         check_options(SINK, name, by_name[name_of(name)], f"sinks.{name_of(name)}")
 
 
-def make_sinks(names: Sequence[str], options: Mapping[str, Any] | None = None) -> list[Sink]:
+def make_sinks(
+    names: Sequence[str],
+    options: Mapping[str, Any] | None = None,
+) -> list[Sink]:
     """Makes the sinks of the user's, in the order of their names.
 
     Args:

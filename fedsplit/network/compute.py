@@ -114,6 +114,7 @@ top-backward
         words = f"a TOML file with a table {COMPUTE_TABLE} of {', '.join(TASKS)}"
         raise SettingError(setting, f"{named} {shortened(given)}", words)
     for task, value in table.items():
+        # `true` of TOML is an int in Python.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= MOST_SECONDS:
             words = f"a number of seconds from 0 to {MOST_SECONDS:g} for one token"

@@ -43,7 +43,12 @@ def _items(table: object, what: str) -> list[tuple[str, Mapping[str, Any]]]:
     return sorted((str(name), one) for name, one in table.items())
 
 
-def _drawn(pool: Sequence[Any], clients: int, seed: int, what: str) -> list[Any]:
+def _drawn(
+    pool: Sequence[Any],
+    clients: int,
+    seed: int,
+    what: str,
+) -> list[Any]:
     """Returns one entry for each client, drawn from the seed without repetition as long as there are enough."""
     generator = random.Random(derive_seed(seed, "device traces", what))
     shuffled = generator.sample(list(pool), len(pool))
@@ -75,6 +80,8 @@ def from_fedscale(devices: object, behaviour: object, clients: int, seed: int, r
         speed = _number(one.get("communication"), f"communication of device {name}")
         milliseconds = _number(one.get("computation"), f"computation of device {name}")
         pool.append((speed, milliseconds))
+    # The trace has no speeds of a known model. The median device gets the factor 1, and the others are compared with
+    # it.
     typical = statistics.median(milliseconds for _, milliseconds in pool)
     shares = [1.0] if behaviour is None else _active_shares(behaviour)
     rows = []
@@ -113,10 +120,12 @@ def _share(intervals: Sequence[Any], start: float, end: float, name: str) -> flo
     covered = 0.0
     for interval in intervals:
         is_pair = isinstance(interval, list | tuple) and len(interval) == 2
+        # NaN and infinity are floats, too, and a trace is a stranger's file.
         if not is_pair or not all(isinstance(edge, int | float) and math.isfinite(edge) for edge in interval):
             raise InputError(f"a time of device {name} is {shortened(interval)}, not a pair of numbers")
         first, last = interval
         covered += max(0.0, min(last, end) - max(first, start))
+    # Intervals of a trace may overlap.
     return min(1.0, covered / (end - start))
 
 
@@ -206,6 +215,8 @@ def _edges(device: Mapping[str, Any], name: str) -> tuple[float, float]:
 
 def _document(rows: Sequence[Mapping[str, float]], rtt_ms: float) -> Document:
     """Returns the tables of a network file, with a table for each client."""
+    # A network file must have a default, though each client has a table of its own here.
     first = rows[0]
     default = {"uplink_mbps": first["uplink_mbps"], "downlink_mbps": first["downlink_mbps"], "rtt_ms": rtt_ms}
-    return {"default": default, "clients": [{"clients": [client], **row} for client, row in enumerate(rows)]}
+    tables = [{"clients": [client], **row} for client, row in enumerate(rows)]
+    return {"default": default, "clients": tables}

@@ -89,6 +89,7 @@ class SharedLink:
         """
         if self._has_room_for_all:
             return self._env.timeout(nbytes / limit)
+        # Before the flow begins: what has passed so far has passed at the old rates.
         self._move()
         flow = _Flow(nbytes, limit, self._env.event())
         self._flows.append(flow)

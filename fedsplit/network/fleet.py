@@ -104,12 +104,14 @@ class Fleet:
         dealt = 0.0
         for rule in self.rules:
             if rule.share:
+                # Rounded from the running sum, so that shares that add up to 1 leave no client out.
                 begin = round(dealt * len(names))
                 dealt += rule.share
                 for client in order[begin : round(dealt * len(names))]:
                     chosen[client] = rule.profile
         for rule in self.rules:
             for listed in rule.clients:
+                # Written last: a list wins over a share.
                 chosen[self.number_of(listed, names)] = rule.profile
         return chosen
 
@@ -149,6 +151,7 @@ a TOML file of profiles
         return Fleet(PROFILES[spec])
     try:
         document = json.loads(spec)
+    # Brackets in very many brackets end in a RecursionError.
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
@@ -172,6 +175,7 @@ def _fleet_of(document: Mapping[str, Any]) -> Fleet:
     if not isinstance(listed, list):
         raise InputError("clients is no list of tables; write [[clients]]")
     rules = tuple(_rule_of(table, number, default) for number, table in enumerate(listed, start=1))
+    # Floats that should add up to 1 may exceed it by a rounding error.
     if sum(rule.share for rule in rules) > 1 + 1e-9:
         raise InputError("the shares of all [[clients]] add up to more than 1")
     return Fleet(default, rules, trunk)
@@ -208,6 +212,7 @@ def _profile_of(table: Mapping[str, Any], where: str, base: Profile | None = Non
     if named is not None:
         if not isinstance(named, str) or named not in PROFILES:
             raise InputError(f"{where}.profile: {shortened(named)} is not possible; allowed: {' | '.join(PROFILES)}")
+        # As a whole: no field of the network's default mixes with a named profile.
         base = PROFILES[named]
     fields = {name: value for name, value in table.items() if name != "profile"}
     if base is None:
@@ -231,10 +236,12 @@ def _rule_of(table: object, number: int, default: Profile) -> Rule:
         raise InputError(f"{where} is no table")
     fields = {name: value for name, value in table.items() if name not in ("clients", "share")}
     profile = _profile_of(fields, where, default)
+    # True for both, and for neither.
     if ("clients" in table) == ("share" in table):
         raise InputError(f"{where} needs either clients or share")
     if "share" in table:
         share = table["share"]
+        # `true` of TOML is an int in Python.
         is_number = isinstance(share, int | float) and not isinstance(share, bool)
         if not is_number or not 0 < share <= 1:
             raise InputError(f"{where}.share: {shortened(share)} is not possible; allowed: a number above 0, up to 1")

@@ -32,6 +32,7 @@ def check_network(config: Config) -> None:
     for rule in fleet.rules:
         for client in rule.clients:
             if isinstance(client, int):
+                # Without names, numbers alone can be checked. `check_client_names` checks the names.
                 fleet.number_of(client, [""] * config.clients)
     if config.network.compute:
         read_recorded(config.network.compute)

@@ -55,6 +55,7 @@ def read_plain(path: Path) -> object:
         {1: [2.5, 'a']}
     """
     try:
+        # Before reading: a huge file would fill the memory.
         if path.stat().st_size > LARGEST:
             raise InputError(f"{shortened(path)} has more than {LARGEST // 2**20} MiB, too many for a trace")
         content = path.read_bytes()

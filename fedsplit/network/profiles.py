@@ -46,6 +46,7 @@ class Profile:
         """
         for name in RANGES:
             value = getattr(self, name)
+            # A boolean is an int in Python, and no number here.
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not _is_in_range(name, value):
                 raise InputError(f"{name}: {shortened(value)} is not possible; allowed: {words_of_range(name)}")

@@ -83,13 +83,16 @@ def replay(place: Field, phases: Mapping[int, ClientPhase], round: int, phase: s
         >>> replay(field, {0: ClientPhase(bytes_down=1_000_000, bytes_up=500_000)}, round=1, phase="training").arrivals
         {0: 1.6}
     """
+    # Here, since SimPy is an optional extra that runs without a network do not need.
     import simpy
 
     env = simpy.Environment()
     clips = any(crossing.kind == "coefficient" for one in phases.values() for crossing in one.crossings)
     trunks = {}
+    # Each replica has a queue and links of its own: its clients do not slow those of another one.
     for replica in sorted({place.replica(client) for client in phases}):
         clients = [client for client in phases if place.replica(client) == replica]
+        # A client with held-out text alone takes part in no barrier, and nobody waits for it.
         training = [client for client in clients if any(c.kind == "forward" for c in phases[client].crossings)]
         queue = TrunkQueue(env, place.discipline, training, clips)
         up = sum(place.profiles[client].uplink_bytes for client in clients)
@@ -100,6 +103,7 @@ def replay(place: Field, phases: Mapping[int, ClientPhase], round: int, phase: s
         )
         trunks[replica] = (queue, link)
     runs = {}
+    # In the order of their numbers, since SimPy serves events of one moment in the order in which they were made.
     for client in sorted(phases):
         queue, (up_link, down_link) = trunks[place.replica(client)]
         profile = place.profiles[client]
@@ -159,6 +163,7 @@ class Channel:
             if nbytes:
                 # Lost packets are sent again: the useful part of the bandwidth shrinks by the loss.
                 yield self._link.send(nbytes / (1 - self._profile.loss), self._rate)
+        # A message must not overtake the one before, however little jitter it draws.
         due = max(self._last_arrival, self._env.now + self._delay(message))
         self._last_arrival = due
         yield self._env.timeout(due - self._env.now)
@@ -166,6 +171,7 @@ class Channel:
     def _delay(self, message: tuple[object, ...]) -> float:
         """Returns the latency of a message in seconds: half a round trip, jitter, and the wait for a lost packet."""
         profile = self._profile
+        # A derived seed has 63 bits, so that the quotient lies in [0, 1).
         drawn = derive_seed(self._seed, *self._place, *message) / 2**63 if profile.jitter_ms else 0.0
         # The last packet of a message is lost loss / (1 - loss) times on average; each time costs a round trip.
         again = profile.rtt_ms * profile.loss / (1 - profile.loss)
@@ -212,6 +218,7 @@ class _ClientRun:
         for _, group in groupby(training, key=lambda one: (one.step, one.batch)):
             yield from self._batch(list(group), references)
         self._trunk.leave(client)
+        # By identity, since a reference of held-out text may equal one beside a training step in all fields.
         beside = {id(one) for one in references.values()}
         for one in phase.crossings:
             if one.kind in ("evaluation", "reference") and id(one) not in beside:
@@ -219,11 +226,16 @@ class _ClientRun:
         yield from self._carry_alone(self._uplink, phase.bytes_up, "wire_up")
         self.arrival = self._env.now
 
-    def _batch(self, crossings: Sequence[Crossing], references: Mapping[tuple[int, int, int], Crossing]) -> Steps:
+    def _batch(
+        self,
+        crossings: Sequence[Crossing],
+        references: Mapping[tuple[int, int, int], Crossing],
+    ) -> Steps:
         """Plays one batch of a step, as `SplitStep._cross` does, and the clipping coefficient behind it."""
         forwards = [one for one in crossings if one.kind == "forward"]
         backwards = {one.micro: one for one in crossings if one.kind == "backward"}
         up = []
+        # Upwards: nothing is awaited, so that the client computes while earlier micro-batches are on their way.
         for one in forwards:
             yield from self._work("bottom-forward", one)
             reference = references.get((one.step, one.batch, one.micro))
@@ -234,6 +246,7 @@ class _ClientRun:
                 beside = self._send(reference, "trunk-forward")
             up.append((one, job, beside))
         gradients = []
+        # At the top, in the order of the forwards, whatever answer comes first.
         for one, job, beside in up:
             yield from self._receive(job)
             if beside is not None:
@@ -243,6 +256,7 @@ class _ClientRun:
             yield from self._work("top-backward", one)
             if one.micro in backwards:
                 gradients.append(self._send(backwards[one.micro], "trunk-backward"))
+        # All gradients are on their way before the first answer is awaited.
         for job in gradients:
             yield from self._receive(job)
             if job.crossing.returns_gradient:
@@ -277,7 +291,9 @@ class _ClientRun:
             task: The trunk's computation; None for none.
         """
         seconds = self._compute.seconds(task, crossing.rows, crossing.length) if task else 0.0
-        job = Job(crossing, seconds, self._env.event(), self._env.event(), sent=self._env.now)
+        returned = self._env.event()
+        served = self._env.event()
+        job = Job(crossing, seconds, returned, served, sent=self._env.now)
         self._env.process(self._travel(job))
         return job
 
@@ -305,4 +321,5 @@ class _ClientRun:
             ("wire_down", job.ended, job.returned_at),
         )
         for place, start, end in stays:
+            # What passed before the wait began was overlapped by the client's own computing, and is booked there.
             self.time.add(place, max(0.0, end - max(start, began)))

@@ -83,6 +83,7 @@ def stragglers_of(arrivals: Mapping[int, float]) -> list[int]:
         >>> stragglers_of({0: 1.0, 1: 1.1, 2: 9.0})
         [2]
     """
+    # A client alone is the median itself.
     if len(arrivals) < 2:
         return []
     limit = STRAGGLER * statistics.median(arrivals.values())

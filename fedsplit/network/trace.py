@@ -88,7 +88,11 @@ class Trace:
         return taken
 
 
-def settled(crossings: Iterable[Crossing], round: int, clients: Collection[int]) -> dict[int, list[Crossing]]:
+def settled(
+    crossings: Iterable[Crossing],
+    round: int,
+    clients: Collection[int],
+) -> dict[int, list[Crossing]]:
     """Returns the crossings of each client's last attempt in a fixed order.
 
     Args:
@@ -106,6 +110,7 @@ def settled(crossings: Iterable[Crossing], round: int, clients: Collection[int])
     for crossing in sorted(crossings, key=lambda crossing: crossing.place):
         if crossing.round == round and crossing.client in by_client:
             by_client[crossing.client].append(crossing)
+    # A client that was started again repeats its round. Messages of the broken attempt would count twice.
     for client, own in by_client.items():
         last = max((crossing.attempt for crossing in own), default=0)
         by_client[client] = [crossing for crossing in own if crossing.attempt == last]
@@ -127,6 +132,8 @@ def joined_stages(stages: Sequence[Sequence[Crossing]]) -> tuple[Crossing, ...]:
         highest = highest_by_place.get((lowest.place, lowest.attempt))
         if highest is None:  # the last message of a client that was lost has not passed all stages
             continue
-        up, down = (highest.up, lowest.down) if lowest.kind == "backward" else (lowest.up, highest.down)
+        is_backward = lowest.kind == "backward"
+        up = highest.up if is_backward else lowest.up
+        down = lowest.down if is_backward else highest.down
         joined.append(dataclasses.replace(lowest, up=up, down=down))
     return tuple(joined)

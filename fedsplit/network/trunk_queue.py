@@ -82,7 +82,13 @@ class TrunkQueue:
     `accumulate`, a client with enough steps waits until all active clients have made as many.
     """
 
-    def __init__(self, env: simpy.Environment, discipline: Discipline, clients: Collection[int], clips: bool) -> None:
+    def __init__(
+        self,
+        env: simpy.Environment,
+        discipline: Discipline,
+        clients: Collection[int],
+        clips: bool,
+    ) -> None:
         """Starts without messages.
 
         Args:
@@ -135,6 +141,7 @@ class TrunkQueue:
         self._busy.discard(lane)
         for job in chosen:
             job.ended = self._env.now
+            # With clipping, a step ends with the coefficient, which comes behind the last gradient.
             ends_step = job.crossing.kind == "coefficient" if self._clips else job.is_backward and job.crossing.ends
             if ends_step and job.crossing.learns:
                 self._contributed[job.crossing.client] += 1
@@ -175,12 +182,14 @@ class TrunkQueue:
         for job in ready:
             client = job.crossing.client
             if not job.is_backward:
+                # The first one, since a client may have sent further micro-batches.
                 forwards.setdefault(client, job)
             elif job.crossing.kind == "coefficient":
                 return [job]
             else:
                 groups.setdefault(self._batches[_batch_key(job)], {}).setdefault(client, job)
         for members, group in groups.items():
+            # A member that has left sends no gradient any more.
             if group.keys() >= members & self._active:
                 return self._together(group)
         if forwards and forwards.keys() >= self._active:

@@ -21,10 +21,15 @@ def missing_events(run: RunRecord) -> Iterator[str]:
     """Yields a line on events that rounds lack, and a line if the bytes of the rounds are not those of the run."""
     last = run.summary.get("last_round")
     has_events = (run.folder / METRICS).is_file()
+    # `read_run` notes a missing file by itself. `type`, since `isinstance` would take true in the file for a number.
     if not has_events or type(last) is not int or not 0 <= last <= MOST_ROUNDS:
         return
     # A round in which all clients rest aggregates nothing, so that no `aggregate` is due.
-    due = {"train": range(1, last + 1), "evaluate": _evaluated(run.settings, last), "cost": range(last + 1)}
+    due = {
+        "train": range(1, last + 1),
+        "evaluate": _evaluated(run.settings, last),
+        "cost": range(last + 1),
+    }
     lacking = []
     for name, rounds in due.items():
         found = {event["round"] for event in run.of(name)}
@@ -40,6 +45,7 @@ def missing_events(run: RunRecord) -> Iterator[str]:
     total = numbers(run.summary.get("bytes"))
     costs = [numbers(event.get("bytes")) for event in run.of("cost")]
     by_round = {kind: sum(cost.get(kind, 0.0) for cost in costs) for kind in total}
+    # Bytes are whole numbers, which floats add exactly up to 2**53. No tolerance is needed.
     if by_round != total:
         crossed, whole = sum(by_round.values()), sum(total.values())
         yield (
@@ -76,5 +82,6 @@ def _ranges(rounds: Sequence[int]) -> str:
         else:
             found.append([round, round])
     words = [str(first) if first == last else f"{first} to {last}" for first, last in found]
+    # A damaged file may have any number of gaps, and a note is to stay a line.
     listed = ", ".join(words[:5]) + (f" and {len(words) - 5} more gaps" if len(words) > 5 else "")
     return f"round {listed}" if len(rounds) == 1 else f"rounds {listed}"

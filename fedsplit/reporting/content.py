@@ -62,6 +62,7 @@ class Section:
     @property
     def is_empty(self) -> bool:
         """True if there is nothing to show."""
+        # An introduction alone shows nothing, and neither does a copy of a table that is not there.
         return not (self.pictures or self.tables or self.folded or self.passages)
 
 

@@ -34,6 +34,7 @@ def traffic(run: RunRecord) -> Section:
         caption = "Bytes by kind and round. Up: from the clients, filled; down: to them, outlined."
         section.pictures.append(Picture("Bytes by kind and round", figures.panels(series, size), caption))
     totals = numbers(run.summary.get("bytes"))
+    # A run that has not ended has no summary. The bytes so far are in the events of its rounds.
     if not totals:
         for event in run.of("cost"):
             for kind, count in numbers(event.get("bytes")).items():
@@ -62,16 +63,19 @@ def time_spent(run: RunRecord) -> Section:
         section.pictures.append(Picture("Seconds by phase and round", svg, caption))
     totals = totals_by_client(run, "client_seconds")
     by_client: dict[str, dict[str, float]] = {}
+    # In the order of a round, whatever the order in the file.
     for phase in ("training", "sample", "evaluation"):
         if phase in totals:
             by_client[phase] = totals[phase]
     training = by_client.get("training", {})
+    # One bar alone would compare with nothing.
     if 1 < len(training) <= MOST_BARS:
         evaluation = by_client.get("evaluation", {})
         sample = by_client.get("sample", {})
         pieces = {}
         for client, seconds in training.items():
-            pieces[client] = (seconds, evaluation.get(client, 0.0) + sample.get(client, 0.0))
+            measuring = evaluation.get(client, 0.0) + sample.get(client, 0.0)
+            pieces[client] = (seconds, measuring)
         svg = figures.bars(pieces, lambda seconds: f"{seconds:.2f} s", parts=("own training", "measuring"))
         caption = "Work of each client over all rounds, without waiting for a free process."
         section.pictures.append(Picture("Seconds by client", svg, caption))
@@ -92,7 +96,10 @@ def virtual_time(run: RunRecord) -> Section:
     if len(by_client) <= MOST_BARS:
         sums = {}
         for name, places in by_client.items():
-            sums[name] = tuple(sum(places.get(place, 0.0) for place in group) for group in _PLACE_GROUPS.values())
+            pieces = []
+            for group in _PLACE_GROUPS.values():
+                pieces.append(sum(places.get(place, 0.0) for place in group))
+            sums[name] = tuple(pieces)
         svg = figures.bars(sums, virtual_duration, parts=tuple(_PLACE_GROUPS))
         section.pictures.append(Picture("Virtual seconds by client", svg, "Over all rounds."))
     rows: list[tuple[str, ...]] = [("client", *PLACE_WORDS.values(), "sum")]
@@ -119,9 +126,12 @@ def _uncounted(run: RunRecord) -> list[Table]:
     rows: list[tuple[str, ...]] = [("round", "client", "why", "in words")]
     for event in run.of("client-unused"):
         why = _CAUSES.get(text(event.get("cause")), "")
-        rows.append((str(event["round"]), text(event.get("client_name")), why, text(event.get("reason"), 300)))
+        client = text(event.get("client_name"))
+        reason = text(event.get("reason"), 300)
+        rows.append((str(event["round"]), client, why, reason))
     if len(rows) == 1:
         return []
+    # The head is no client.
     more = len(rows) - 1 - MOST_ROWS
     note = f"… and {more} more" if more > 0 else ""
     return [Table("Clients that did not count in a round: no failures", rows[: MOST_ROWS + 1], note, is_words=True)]
@@ -146,17 +156,25 @@ def memory(run: RunRecord) -> Section:
         for client, peak in numbers(event.get("client_peak_memory")).items():
             by_client[client] = max(peak, by_client.get(client, 0.0))
     if by_client:
-        rows = [("client", "peak of its process"), *((name, size(peak)) for name, peak in by_client.items())]
+        rows = [("client", "peak of its process")]
+        rows += [(name, size(peak)) for name, peak in by_client.items()]
+        # One row more, for the head.
         section.folded.append(Table("Memory by client", rows[: MOST_ROWS + 1]))
     return section
 
 
-def _by_client(title: str, values: Mapping[str, Mapping[str, float]], write: Callable[[float], str]) -> Table:
+def _by_client(
+    title: str,
+    values: Mapping[str, Mapping[str, float]],
+    write: Callable[[float], str],
+) -> Table:
     """Returns the table of sums by client and kind."""
     kinds = list(values)
     names = dict.fromkeys(name for of_kind in values.values() for name in of_kind)
-    rows: list[tuple[str, ...]] = [("client", *(kind.replace("_", " ") for kind in kinds))]
+    heads = [kind.replace("_", " ") for kind in kinds]
+    rows: list[tuple[str, ...]] = [("client", *heads)]
     for name in list(names)[:MOST_ROWS]:
-        rows.append((name, *(write(values[kind].get(name, 0.0)) for kind in kinds)))
+        cells = [write(values[kind].get(name, 0.0)) for kind in kinds]
+        rows.append((name, *cells))
     more = len(names) - MOST_ROWS
     return Table(title, rows, f"… and {more} more" if more > 0 else "")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 WIDTH = 5.0
 """Width of a figure in inches, about that of a phone's screen at the size of the text."""
 
+# matplotlib knows no CSS variables. Each stand-in is a colour that no figure would choose, so that `_themed` finds
+# the stand-in in the SVG and nothing else.
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
 """Stand for the style sheet's colours of text, of what is less important, and of rules."""
 
@@ -31,7 +33,15 @@ SERIES = tuple(f"#0a0a0{number}" for number in range(6))
 _CSS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)"}
 _CSS |= {colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)}
 
-_DASHES = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+# From solid to dash-dot-dot, by matplotlib's pairs of an offset and the lengths of strokes and gaps.
+_DASHES = (
+    "-",
+    (0, (5, 2)),
+    (0, (5, 2, 1, 2)),
+    (0, (1, 1.5)),
+    (0, (8, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+)
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 LABEL_CHARACTERS = 20
@@ -121,7 +131,10 @@ def lines(
             ends.append((name, height, MUTED))
         if band:
             low, high = band
-            axes.fill_between([x for x, _ in low], [y for _, y in low], [y for _, y in high], color=MUTED, alpha=0.15)
+            xs = [x for x, _ in low]
+            lower = [y for _, y in low]
+            upper = [y for _, y in high]
+            axes.fill_between(xs, lower, upper, color=MUTED, alpha=0.15)
         for line in drawn:
             if line.points:
                 ends.append(_draw_line(axes, line))
@@ -132,7 +145,9 @@ def lines(
         else:
             axes.margins(x=0.08)
         named = [end for end in ends if end[0]]
-        _fit(figure, axes, max((len(_cut(name)) for name, _, _ in named), default=0))
+        longest = max((len(_cut(name)) for name, _, _ in named), default=0)
+        # First the room, since the places of the names depend on the size of the axes.
+        _fit(figure, axes, longest)
         _name_ends(axes, named)
 
     return _svg(draw, height=2.7)
@@ -148,6 +163,7 @@ def _draw_line(axes: Axes, line: Line) -> tuple[str, float, str]:
     colour = SERIES[line.look % len(SERIES)]
     # Shifted after each turn of the colours, so that lines of one colour and one marker have other dashes.
     style = _DASHES[(line.look + line.look // len(SERIES)) % len(_DASHES)]
+    # Markers on every point of a long line would hide the dashes.
     every = max(1, len(xs) // MOST_MARKERS)
     marker = _MARKERS[line.look % len(_MARKERS)]
     axes.plot(xs, ys, color=colour, linestyle=style, marker=marker, markevery=every)
@@ -164,6 +180,7 @@ def _cut(name: str) -> str:
 
 def _fit(figure: Figure, axes: Axes, characters: int) -> None:
     """Leaves room at the right for names of some characters, and below for the labels."""
+    # About 4.8 points a character at a font size of 8.5, and 10 between axes and name. An inch has 72 points.
     right = 1 - (4.8 * characters + 10) / (72 * WIDTH)
     figure.subplots_adjust(left=0.105, right=right, top=0.91, bottom=0.16)
 
@@ -187,7 +204,11 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
         axes.text(1.02, place / height, _cut(name), color=colour, transform=axes.transAxes, va="center", clip_on=False)
 
 
-def panels(series: Mapping[str, Mapping[str, Points]], ylabel: Callable[[float], str], xlabel: str = "round") -> str:
+def panels(
+    series: Mapping[str, Mapping[str, Points]],
+    ylabel: Callable[[float], str],
+    xlabel: str = "round",
+) -> str:
     """Draws a panel of bars for each kind, over the same rounds.
 
     Args:
@@ -201,7 +222,10 @@ def panels(series: Mapping[str, Mapping[str, Points]], ylabel: Callable[[float],
     from matplotlib.ticker import MaxNLocator
 
     columns = min(2, len(series))
+    # Rounded up.
     rows = -(-len(series) // columns)
+
+    height = 1.25 * rows + 0.2
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -212,23 +236,26 @@ def panels(series: Mapping[str, Mapping[str, Points]], ylabel: Callable[[float],
             axes.yaxis.set_major_formatter(lambda value, _: ylabel(value))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            # The words stand below the lowest panel of each column only.
             if place + columns >= len(series):
                 axes.set_xlabel(xlabel)
+        # An odd number of panels leaves a place without one, whose empty axes would be drawn.
         for place in range(len(series), rows * columns):
             grid[place // columns][place % columns].set_axis_off()
-        figure.subplots_adjust(
-            left=0.12, right=0.99, top=1 - 0.2 / (1.25 * rows + 0.2), bottom=0.38 / (1.25 * rows + 0.2)
-        )
+        top = 1 - 0.2 / height
+        bottom = 0.38 / height
+        figure.subplots_adjust(left=0.12, right=0.99, top=top, bottom=bottom)
         figure.subplots_adjust(hspace=0.55, wspace=0.32)
 
-    return _svg(draw, height=1.25 * rows + 0.2)
+    return _svg(draw, height)
 
 
 def _draw_bars(axes: Axes, bars: Mapping[str, Points]) -> None:
     """Draws one or two series of bars side by side; the first filled, the second outlined. Of many bars, lines."""
     width = 0.8 / len(bars)
     for number, points in enumerate(bars.values()):
-        xs = [x + (number - (len(bars) - 1) / 2) * width for x, _ in points]
+        shift = (number - (len(bars) - 1) / 2) * width
+        xs = [x + shift for x, _ in points]
         ys = [y for _, y in points]
         if len(points) > MOST_BARS:
             axes.plot(xs, ys, color=SERIES[0], linestyle=_DASHES[number], linewidth=1)
@@ -237,7 +264,11 @@ def _draw_bars(axes: Axes, bars: Mapping[str, Points]) -> None:
         axes.bar(xs, ys, width=width * 0.9, facecolor=fill, edgecolor=SERIES[0], linewidth=0.8)
 
 
-def bars(values: Mapping[str, Sequence[float]], write: Callable[[float], str], parts: Sequence[str] = ()) -> str:
+def bars(
+    values: Mapping[str, Sequence[float]],
+    write: Callable[[float], str],
+    parts: Sequence[str] = (),
+) -> str:
     """Draws a horizontal bar for each name, with its value at its end.
 
     Args:
@@ -260,19 +291,24 @@ def bars(values: Mapping[str, Sequence[float]], write: Callable[[float], str], p
             left = [start + length for start, length in zip(left, lengths, strict=True)]
         axes.set_yticks(range(len(names)), [_cut(name) for name in names])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
+        # matplotlib counts rows from below. The first name belongs at the top.
         axes.invert_yaxis()
         axes.grid(False)
         axes.spines[["bottom"]].set_visible(False)
         axes.set_xticks([])
+        # Bars without any length would leave the axis without a range.
         longest = max(left) or 1.0
+        # Leaves room for the value at the end of the longest bar.
         axes.set_xlim(0, longest * 1.28)
         for place, name in enumerate(names):
             words = " + ".join(write(length) for length in values[name])
             axes.text(left[place] + longest * 0.015, place, words, va="center", color=MUTED)
         if parts:
             axes.set_title(" + ".join(parts), color=MUTED)
-        margin = (4.4 * max(len(_cut(name)) for name in names) + 12) / (72 * WIDTH)
-        figure.subplots_adjust(left=margin, right=0.99, bottom=0.02, top=1 - 0.25 / _bars_height(len(names)))
+        characters = max(len(_cut(name)) for name in names)
+        margin = (4.4 * characters + 12) / (72 * WIDTH)
+        top = 1 - 0.25 / _bars_height(len(names))
+        figure.subplots_adjust(left=margin, right=0.99, bottom=0.02, top=top)
 
     return _svg(draw, height=_bars_height(len(values)))
 
@@ -299,18 +335,27 @@ def bubbles(values: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         rows = list(values)
-        most = max((value for of_row in values.values() for value in of_row.values()), default=1.0) or 1.0
+        every = (value for of_row in values.values() for value in of_row.values())
+        most = max(every, default=1.0) or 1.0
         for place, row in enumerate(rows):
-            found = [(columns.index(name), value) for name, value in values[row].items() if value and name in columns]
+            found = []
+            for name, value in values[row].items():
+                if value and name in columns:
+                    found.append((columns.index(name), value))
             sizes = [110 * value / most for _, value in found]
-            axes.scatter([x for x, _ in found], [place] * len(found), s=sizes, color=SERIES[0], linewidths=0)
+            xs = [x for x, _ in found]
+            ys = [place] * len(found)
+            axes.scatter(xs, ys, s=sizes, color=SERIES[0], linewidths=0)
         axes.set_yticks(range(len(rows)), [_cut(row) for row in rows])
-        axes.set_xticks(range(len(columns)), [_cut(column) for column in columns], rotation=55, ha="right")
+        names = [_cut(column) for column in columns]
+        axes.set_xticks(range(len(columns)), names, rotation=55, ha="right")
         axes.set_xlim(-0.6, len(columns) - 0.4)
+        # From the last row to the first, since matplotlib counts from below.
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(True, axis="both")
         axes.tick_params(length=0)
-        margin = (4.4 * max(len(_cut(row)) for row in rows) + 12) / (72 * WIDTH)
+        characters = max(len(_cut(row)) for row in rows)
+        margin = (4.4 * characters + 12) / (72 * WIDTH)
         figure.subplots_adjust(left=margin, right=0.99, top=0.98, bottom=below / height)
 
     return _svg(draw, height)
@@ -329,9 +374,11 @@ def _svg(draw: Callable[[Figure], None], height: float) -> str:
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height))
+        # Gives the figure a canvas without pyplot, which would keep all figures and might look for a screen.
         FigureCanvasSVG(figure)
         draw(figure)
         buffer = io.StringIO()
+        # A date would make two files of equal figures unequal. The other entries are the same in all figures.
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return _themed(buffer.getvalue())
@@ -356,6 +403,8 @@ _SUPERFLUOUS = (
     re.compile(r' (?:width|height)="[\d.]+pt"'),
     re.compile(r" font-family: [^;\"]*;"),
     re.compile(r'(?<=<g) id="[^"]*"'),
+    # Upright text is written as turned by -0 degrees.
     re.compile(r' transform="rotate\(-0 [^"]*"'),
 )
+# matplotlib begins the names of markers with m, of clips with p and of hatches with h.
 _REFERENCE = re.compile(r"""((?:id="|href="#|url\(#))([mph][0-9a-f]+)""")

@@ -41,6 +41,7 @@ def distinct(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
     found: dict[Path, RunRecord] = {}
     again: dict[Path, RunRecord] = {}
     for run in runs:
+        # Two spellings of a path, or a link, may name one folder.
         folder = run.folder.resolve()
         if folder in found:
             again[folder] = run
@@ -61,8 +62,10 @@ def groups_of(runs: Sequence[RunRecord]) -> list[Group]:
     found: dict[tuple[str, ...], list[RunRecord]] = {}
     for place, run in enumerate(runs):
         alone = () if run.settings else (str(run.folder),)
-        found.setdefault((*(values[place] for values in unlike.values()), *alone), []).append(run)
+        of_run = [values[place] for values in unlike.values()]
+        found.setdefault((*of_run, *alone), []).append(run)
     names = [_name(list(unlike), values, members) for values, members in found.items()]
+    # Some groups are named after a run, and runs in different folders may have one name.
     if len(set(names)) < len(names):
         names = [_place(members[0]) for members in found.values()]
     groups = []
@@ -106,6 +109,7 @@ def labels_of(names: Sequence[str]) -> list[str]:
     """
     if max(map(len, names)) <= LABEL_CHARACTERS and len(set(names)) == len(names):
         return list(names)
+    # Numbers go on where the letters end.
     letters = string.ascii_uppercase
     return [letters[place] if place < len(letters) else str(place + 1) for place in range(len(names))]
 
@@ -114,6 +118,7 @@ def label_beside(groups: Sequence[Group], baseline: RunRecord) -> str:
     """Returns the name of the baseline in figures, which no group has."""
     labels = {group.label for group in groups}
     is_free = len(baseline.name) <= LABEL_CHARACTERS and baseline.name not in labels
+    # A run may itself be called "baseline".
     possible = [*([baseline.name] if is_free else []), "baseline", "--baseline"]
     return next(label for label in possible if label not in labels)
 
@@ -177,6 +182,7 @@ def _held_out(run: RunRecord) -> tuple[tuple[str, float], ...]:
     counts: list[tuple[str, float]] = []
     for client in clients if isinstance(clients, list) else []:
         if isinstance(client, Mapping):
+            # Sorted, since the counts of runs are compared, and each file has an order of its own.
             counts.extend(sorted(numbers(client.get("held_out")).items()))
     return tuple(counts)
 

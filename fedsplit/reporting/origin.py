@@ -16,10 +16,12 @@ def origin(run: RunRecord) -> Section:
     section = Section("Settings and origin")
     chosen = beyond_defaults(run)
     if run.settings:
-        rows = [("setting", "value"), *((name, shown(value) or "-") for name, value in chosen.items())]
+        rows = [("setting", "value")]
+        rows += [(name, shown(value) or "-") for name, value in chosen.items()]
         if chosen:
             section.tables.append(Table("Settings that are not the defaults", rows))
-        every = [("setting", "value"), *((name, shown(value) or "-") for name, value in run.settings.items())]
+        every = [("setting", "value")]
+        every += [(name, shown(value) or "-") for name, value in run.settings.items()]
         section.folded.append(Table("All settings", every))
     rows = [("", ""), *where_from(run).items()]
     if len(rows) > 1:

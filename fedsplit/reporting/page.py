@@ -50,6 +50,7 @@ def write_report(
     """
     errors: list[InputError] = []
     runs = []
+    # All folders are read before an error is raised, so that one call names every wrong folder.
     for folder in [*folders, *([baseline] if baseline else [])]:
         try:
             runs.append(read_run(folder))
@@ -57,6 +58,7 @@ def write_report(
             errors.append(error)
     if errors:
         raise errors[0] if len(errors) == 1 else InputErrors(errors)
+    # The baseline was read last.
     compared_with = runs.pop() if baseline else None
     if out is None:
         out = runs[0].folder / REPORT if len(runs) == 1 else Path(REPORT)
@@ -76,6 +78,7 @@ def check_free(out: Path) -> None:
     if not out.exists():
         return
     try:
+        # The mark stands in the head of a report. A page that quotes the mark further below is no report.
         is_report = out.is_file() and MARK in out.read_text(encoding="utf-8", errors="replace")[:2000]
     except OSError:
         is_report = False
@@ -93,10 +96,12 @@ def html_of(
     once, again = distinct(runs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib warns of characters that its own font lacks; the page has others
+        # `compared` gets the folders as they were given, since its notes name those that were given twice.
         page = page_of(once[0], baseline) if len(once) == 1 else compared(runs, baseline)
     if len(once) == 1:
         page.notes.extend(again)
     if passages:
+        # Behind the first section, which has the losses or the comparison, and before all details.
         page.sections.insert(1, Section("Text", passages=list(passages)))
     return _rendered(page, title or page.title)
 
@@ -110,6 +115,7 @@ def _rendered(page: Page, title: str) -> str:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        # A name that the template misspells is an error, and no empty place on the page.
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("page.html")

@@ -108,6 +108,7 @@ def _document(path: Path, notes: list[str], without: str) -> dict[str, Any]:
     except FileNotFoundError:
         notes.append(f"There is no {path.name}: {without}.")
         return {}
+    # ValueError: wrong syntax of either kind, or bytes that are no UTF-8. RecursionError: brackets in many brackets.
     except (OSError, ValueError, RecursionError):
         notes.append(f"{path.name} cannot be read: {without}.")
         return {}
@@ -117,9 +118,13 @@ def _document(path: Path, notes: list[str], without: str) -> dict[str, Any]:
     return document
 
 
-def _events(path: Path, notes: list[str]) -> dict[str, list[Mapping[str, Any]]]:
+def _events(
+    path: Path,
+    notes: list[str],
+) -> dict[str, list[Mapping[str, Any]]]:
     """Reads the events of metrics.jsonl by name. Broken lines, as of a killed run, are left out and counted."""
     try:
+        # A few bytes that are no UTF-8 must not cost all other events.
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         notes.append(f"There is no {path.name}: no round has been measured.")
@@ -133,6 +138,7 @@ def _events(path: Path, notes: list[str]) -> dict[str, list[Mapping[str, Any]]]:
         try:
             event = json.loads(line)
             name = event["event"]
+            # `isinstance` would take true for a round.
             is_event = isinstance(name, str) and type(event["round"]) is int
         except (ValueError, KeyError, TypeError, RecursionError):
             is_event = False
@@ -153,10 +159,12 @@ def number(value: object) -> float | None:
         >>> number(3), number("3"), number(float("nan")), number(True)
         (3.0, None, None, None)
     """
+    # Not `isinstance`, which takes true and false for numbers.
     if type(value) not in (int, float):
         return None
     try:
         as_float = float(value)  # type: ignore[arg-type]  # a number by now
+    # An integer in JSON may be larger than any float.
     except OverflowError:
         return None
     return as_float if math.isfinite(as_float) else None

@@ -66,6 +66,7 @@ def losses(run: RunRecord) -> Losses:
         if loss is None:
             continue
         held_out.append((round, loss))
+        # Only runs with --eval.after measure what clients forget.
         forgotten = numbers(event.get("forgotten"))
         if forgotten:
             own.append((round, loss - sum(forgotten.values()) / len(forgotten)))
@@ -113,10 +114,12 @@ def loss_against(run: RunRecord, what: str) -> Points:
         if what == "bytes":
             spent += training_bytes(numbers(event.get("bytes")))
         else:
+            # `elapsed` counts from the start of the command, so that nothing is added up.
             spent = number(event.get("elapsed")) or spent
         spent_by_round[event["round"]] = spent
     points = []
     for round, loss in losses(run).held_out:
+        # A killed run may lack the costs of its last evaluation.
         if int(round) in spent_by_round:
             points.append((spent_by_round[int(round)], loss))
     return points
@@ -164,7 +167,11 @@ def seconds_by_round(run: RunRecord) -> dict[str, Points]:
     """Returns the seconds of a run by phase and round. Phases without any second are left out."""
     found = {}
     for phase, words in PHASES.items():
-        points = [(float(event["round"]), numbers(event.get("seconds")).get(phase, 0.0)) for event in run.of("cost")]
+        points = []
+        for event in run.of("cost"):
+            round = float(event["round"])
+            of_phases = numbers(event.get("seconds"))
+            points.append((round, of_phases.get(phase, 0.0)))
         if any(seconds for _, seconds in points):
             found[words] = points
     return found
@@ -214,6 +221,8 @@ def by_block(layers: Mapping[str, float]) -> dict[str, Points]:
     """
     found: dict[str, Points] = {}
     for layer, value in layers.items():
+        # The first number in a name is the block. Numbers further behind, such as those of experts, stay in the
+        # projection's name.
         match = re.search(r"(?:^|\.)(\d{1,6})\.(.+)$", layer)
         if match is not None:
             found.setdefault(match[2], []).append((float(match[1]), value))

@@ -34,6 +34,7 @@ def compared(runs: Sequence[RunRecord], baseline: RunRecord | None = None) -> Pa
         runs: At least two runs.
         baseline: Run to compare the losses with; None for none.
     """
+    # Before `distinct`, since one of the notices names folders that were given twice.
     lines = notices(runs)
     runs, _ = distinct(runs)
     groups = groups_of(runs)
@@ -73,12 +74,14 @@ def _columns(runs: Sequence[RunRecord]) -> dict[str, tuple[Read, Write]]:
     """Returns the columns of the comparison: how to read a number of a run, and how to write it."""
 
     def loss(when: str) -> Read:
+        # A run that has not ended has no summary. The losses measured so far stand in.
         return lambda run: numbers(run.summary.get("eval_loss")).get(when) or _measured(run, when)
 
     found: dict[str, tuple[Read, Write]] = {
         "loss before": (loss("before"), "{:.4f}".format),
         "loss after": (loss("after"), "{:.4f}".format),
     }
+    # Perplexity is the exponential of a loss by token, and of no other loss.
     if {unit_of(run) for run in runs} == {"nats a token"}:
         found["perplexity"] = (_perplexity, "{:.2f}".format)
     if any("accuracy" in run.summary for run in runs):
@@ -90,7 +93,13 @@ def _columns(runs: Sequence[RunRecord]) -> dict[str, tuple[Read, Write]]:
     found["bytes"] = (_bytes, size)
     found["seconds"] = (lambda run: number(run.summary.get("wall_seconds")), "{:,.1f}".format)
     found["tokens/s"] = (lambda run: number(run.summary.get("tokens_per_second")), "{:,.0f}".format)
-    return {name: column for name, column in found.items() if any(column[0](run) is not None for run in runs)}
+    # A column that no run has a value for is left out.
+    known = {}
+    for name, column in found.items():
+        read, _ = column
+        if any(read(run) is not None for run in runs):
+            known[name] = column
+    return known
 
 
 def _measured(run: RunRecord, when: str) -> float | None:
@@ -135,6 +144,7 @@ def _averaged(series: Sequence[Points]) -> tuple[Points, list[float]]:
 
     The series are of equal experiments: their points are paired by their places, and x is averaged, too.
     """
+    # A run that ended early has fewer points. Means are over points that all runs have.
     shortest = min(map(len, series))
     points: Points = []
     deviations = []
@@ -146,7 +156,11 @@ def _averaged(series: Sequence[Points]) -> tuple[Points, list[float]]:
     return points, deviations
 
 
-def _lines(groups: Sequence[Group], read: Callable[[RunRecord], Points], scale: float = 1.0) -> list[Line]:
+def _lines(
+    groups: Sequence[Group],
+    read: Callable[[RunRecord], Points],
+    scale: float = 1.0,
+) -> list[Line]:
     """Returns a line for each group, with the spread over its runs."""
     drawn = []
     for look, group in enumerate(groups):
@@ -155,7 +169,9 @@ def _lines(groups: Sequence[Group], read: Callable[[RunRecord], Points], scale: 
             continue
         points, deviations = _averaged(series)
         scaled = [(x / scale, y) for x, y in points]
-        drawn.append(Line(group.label, scaled, look=look if look < MOST_LINES else None, spread=deviations))
+        # Further lines could not be told apart, and are drawn thin in the background.
+        is_background = look >= MOST_LINES
+        drawn.append(Line(group.label, scaled, look=None if is_background else look, spread=deviations))
     return drawn
 
 
@@ -176,9 +192,9 @@ def _losses(groups: Sequence[Group], baseline: RunRecord | None) -> Section:
     for title, xlabel, read, scale, whole in axes:
         drawn = _lines(groups, read, scale)
         if baseline is not None:
-            drawn += [
-                Line(label_beside(groups, baseline), [(x / scale, y) for x, y in read(baseline)], look=len(drawn))
-            ]
+            label = label_beside(groups, baseline)
+            points = [(x / scale, y) for x, y in read(baseline)]
+            drawn.append(Line(label, points, look=len(drawn)))
         if any(len(line.points) > 1 for line in drawn):
             svg = figures.lines(drawn, xlabel, ylabel, whole=whole)
             section.pictures.append(
@@ -193,18 +209,25 @@ def _costs(groups: Sequence[Group]) -> Section:
     kinds = [kind for kind in KINDS if any(_crossed(group, kind) for group in groups)]
     if kinds:
         rows = [("", *(KINDS[kind] for kind in kinds))]
-        rows += [(group.name, *(size(_crossed(group, kind)) for kind in kinds)) for group in groups]
+        for group in groups:
+            cells = [size(_crossed(group, kind)) for kind in kinds]
+            rows.append((group.name, *cells))
         section.tables.append(Table("Bytes by kind, up and down together", rows))
     phases = [words for words in PHASES.values() if any(_spent(group, words) for group in groups)]
     if phases:
         rows = [("", *phases)]
-        rows += [(group.name, *(f"{_spent(group, words):,.1f} s" for words in phases)) for group in groups]
+        for group in groups:
+            cells = [f"{_spent(group, words):,.1f} s" for words in phases]
+            rows.append((group.name, *cells))
         section.tables.append(Table("Seconds by phase", rows))
     rows = [("", "a client's process", "trunk")]
     for group in groups:
         peaks = [numbers(run.summary.get("peak_memory")) for run in group.runs]
-        largest = [max((peak.get(party, 0.0) for peak in peaks), default=0.0) for party in ("client", "trunk")]
-        rows.append((group.name, *(size(peak) if peak else "-" for peak in largest)))
+        largest = []
+        for party in ("client", "trunk"):
+            largest.append(max((peak.get(party, 0.0) for peak in peaks), default=0.0))
+        cells = [size(peak) if peak else "-" for peak in largest]
+        rows.append((group.name, *cells))
     section.tables.append(Table("Peak memory", rows))
     return section
 
@@ -217,7 +240,11 @@ def _crossed(group: Group, kind: str) -> float:
 
 def _spent(group: Group, phase: str) -> float:
     """Returns the mean seconds of a phase over the runs of a group."""
-    return statistics.fmean(sum(y for _, y in seconds_by_round(run).get(phase, [])) for run in group.runs)
+    totals = []
+    for run in group.runs:
+        points = seconds_by_round(run).get(phase, [])
+        totals.append(sum(seconds for _, seconds in points))
+    return statistics.fmean(totals)
 
 
 def _errors(groups: Sequence[Group]) -> Section:
@@ -250,10 +277,15 @@ def _norm(run: RunRecord) -> float | None:
 def _settings(runs: Sequence[RunRecord]) -> Section:
     """Returns the section on the settings in which the runs differ."""
     section = Section("Settings that differ")
-    unlike = {name: values for name, values in differing(runs).items() if name == "seed" or name not in UNLIKE}
+    # Seeds make no group, and a reader still wants to see which were used.
+    unlike = {}
+    for name, values in differing(runs).items():
+        if name == "seed" or name not in UNLIKE:
+            unlike[name] = values
     rows: list[Sequence[str]] = [("", *unlike)]
     for place, run in enumerate(runs):
-        rows.append((run.name, *(values[place] or "-" for values in unlike.values())))
+        cells = [values[place] or "-" for values in unlike.values()]
+        rows.append((run.name, *cells))
     if len(unlike) > len(runs):  # the longer side reads better from above
         rows = list(zip(*rows, strict=True))
     if unlike:
@@ -266,12 +298,17 @@ def _runs(runs: Sequence[RunRecord]) -> Section:
     section = Section("Origin")
     origins = [where_from(run) for run in runs]
     names = dict.fromkeys(name for origin in origins for name in origin)
-    common = {name: origins[0].get(name, "") for name in names if len({origin.get(name) for origin in origins}) == 1}
+    common = {}
+    for name in names:
+        values = {origin.get(name) for origin in origins}
+        if len(values) == 1:
+            common[name] = origins[0].get(name, "")
     unlike = [name for name in names if name not in common]
     if common:
         section.tables.append(Table("Of all runs", [("", ""), *common.items()]))
     rows = [("", "folder", *unlike)]
     for run, origin in zip(runs, origins, strict=True):
-        rows.append((run.name, str(run.folder), *(origin.get(name, "-") for name in unlike)))
+        cells = [origin.get(name, "-") for name in unlike]
+        rows.append((run.name, str(run.folder), *cells))
     section.tables.append(Table("By run", rows, is_words=True))
     return section

@@ -85,6 +85,7 @@ def key_figures(run: RunRecord) -> list[tuple[str, str]]:
     found = []
     measured = losses(run).held_out
     ends = numbers(summary.get("eval_loss"))
+    # A run that has not ended has no summary. Its first and last measurements stand in.
     if not ends and len(measured) > 1:
         ends = {"before": measured[0][1], "after": measured[-1][1]}
     if ends.keys() >= {"before", "after"}:
@@ -122,6 +123,7 @@ def loss_section(run: RunRecord, baseline: RunRecord | None) -> Section:
         drawn = [Line("this run" if baseline else "", _scaled(loss_against(run, what), scale), look=0)]
         if baseline is not None:
             drawn.append(Line(baseline.name, _scaled(loss_against(baseline, what), scale), look=1))
+        # A single evaluation makes no curve, and a run without a network has no virtual time.
         if len(drawn[0].points) > 1:
             svg = figures.lines(drawn, words, f"held-out loss ({unit})", whole=False)
             against = {"bytes": "traffic", "seconds": "time", "virtual": "virtual time"}[what]
@@ -153,7 +155,10 @@ def _scaled(points: Points, scale: float) -> Points:
 
 def _loss_by_round(found: Losses, baseline: RunRecord | None, unit: str) -> Picture:
     """Returns the figure of the losses over all clients, by round."""
-    drawn = [Line("held-out", found.held_out, look=0), Line("training", found.training, look=1)]
+    drawn = [
+        Line("held-out", found.held_out, look=0),
+        Line("training", found.training, look=1),
+    ]
     caption = "Held-out loss over all clients, and mean training loss."
     if found.own:
         drawn.append(Line("before aggregation", found.own, look=2))
@@ -171,6 +176,7 @@ def _loss_by_round(found: Losses, baseline: RunRecord | None, unit: str) -> Pict
 def _loss_by_client(found: Losses, unit: str) -> Picture:
     """Returns the figure of the clients' held-out losses, by round."""
     ylabel = f"held-out loss ({unit})"
+    # Drawn last, and so above the lines of the clients.
     everybody = Line("all", found.held_out, look=0)
     if len(found.clients) <= MOST_LINES:
         drawn = [Line(name, points) for name, points in found.clients.items()]
@@ -184,8 +190,14 @@ def _loss_by_client(found: Losses, unit: str) -> Picture:
     ordered = [(round, sorted(values)) for round, values in sorted(by_round.items())]
     lowest = [(round, values[0]) for round, values in ordered]
     highest = [(round, values[-1]) for round, values in ordered]
+    # The upper one of two middle values: the line is always the loss of a client, and no mean of two.
     median = [(round, values[len(values) // 2]) for round, values in ordered]
-    drawn = [Line("highest", highest), Line("lowest", lowest), Line("median client", median, look=1), everybody]
+    drawn = [
+        Line("highest", highest),
+        Line("lowest", lowest),
+        Line("median client", median, look=1),
+        everybody,
+    ]
     svg = figures.lines(drawn, "round", ylabel, band=(lowest, highest))
     caption = f"The range of the {len(found.clients)} clients, the median client, and the loss over all of them."
     return Picture("Loss by client", svg, caption)
@@ -198,6 +210,7 @@ def _metrics(run: RunRecord) -> list[Picture]:
         values = numbers(event.get("metrics"))
         accuracy = number(event.get("accuracy"))
         if accuracy is not None:
+            # The accuracy comes first. A metric of the user's with this name replaces the value.
             values = {"accuracy": accuracy, **values}
         for name, value in values.items():
             by_metric.setdefault(name, []).append((float(event["round"]), value))
@@ -216,6 +229,7 @@ def _rounds(run: RunRecord, found: Losses) -> Table:
     rates = dict(learning_rates(run))
     costs = {float(event["round"]): event for event in run.of("cost")}
     rows: list[tuple[str, ...]] = [head]
+    # A round may lack an event: its clients may have rested, or the run may have been killed.
     for round in sorted({*training, *held_out, *costs})[:MOST_ROWS]:
         cost = costs.get(round, {})
         crossed = numbers(cost.get("bytes"))
@@ -269,6 +283,7 @@ def data_section(run: RunRecord) -> Section:
     section.pictures.append(Picture("Sequences by client", svg))
     kinds = sorted({kind for of_client in shares.values() for kind in of_client})
     is_mixed = any(len(of_client) > 1 for of_client in shares.values())
+    # Discs show nothing where each client has one kind only, and are too small to see where there are many.
     if is_mixed and len(counts) <= MOST_BARS and 1 < len(kinds) <= MOST_BARS:
         svg = figures.bubbles(shares, kinds)
         section.pictures.append(Picture(f"Who holds what, by {by}", svg, "A disc's area is the number of sequences."))
@@ -323,11 +338,14 @@ def aggregation_section(run: RunRecord) -> Section:
             continue
         drawn = [Line(name, points, look=look) for look, (name, points) in enumerate(blocks.items())]
         caption = "In the last round." if values is of_layers else "Of the adapter that the run left."
-        section.pictures.append(Picture(title, figures.lines(drawn[:MOST_LINES], "block", "", None), caption))
+        svg = figures.lines(drawn[:MOST_LINES], "block", "", None)
+        section.pictures.append(Picture(title, svg, caption))
     if of_layers or norms:
         rows = [("layer", "aggregation error", "norm")]
         for layer in {**of_layers, **norms}:
-            rows.append((layer, _or_dash(of_layers.get(layer), ".4g"), _or_dash(norms.get(layer), ".4g")))
+            error = _or_dash(of_layers.get(layer), ".4g")
+            norm = _or_dash(norms.get(layer), ".4g")
+            rows.append((layer, error, norm))
         section.folded.append(Table("Layers", rows[: MOST_ROWS + 1]))
     return section
 
@@ -341,7 +359,8 @@ def troubles(run: RunRecord) -> Section:
         for event in run.of(name):
             refused = " (refused)" if event.get("refused") is True else ""
             client = text(event.get("client_name"))
-            rows.append((str(event["round"]), f"{what}{refused}", client, text(event.get("reason"), 300)))
+            reason = text(event.get("reason"), 300)
+            rows.append((str(event["round"]), f"{what}{refused}", client, reason))
     if len(rows) > 1:
         section.tables.append(Table("", rows[: MOST_ROWS + 1], _left_out(rows), is_words=True))
     return section

@@ -68,6 +68,7 @@ class Table:
 
 def _markdown_cell(cell: str) -> str:
     """Returns a cell in which nothing is taken for the table's own bars, for HTML or for emphasis."""
+    # Backslashes first: the escapes below add further ones, which must stay single.
     escaped = cell.replace("\\", "\\\\").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([|*`\[\]])", r"\\\1", escaped)
 
@@ -93,4 +94,5 @@ _LATEX = {
 
 def _latex_cell(cell: str) -> str:
     """Returns a cell in which LaTeX takes nothing for a command."""
+    # Character by character, so that the backslash of one escape is not escaped by another.
     return "".join(_LATEX.get(character, character) for character in cell)

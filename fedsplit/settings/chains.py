@@ -156,6 +156,7 @@ def _is_in_order(links: list[ChainLink]) -> bool:
     names = [link.name for link in links]
     places = [_ORDER.index(link.entry.place) for link in links]
     pairs = itertools.pairwise(places)
+    # Several codecs may leave values to the next one. Of the other places, a chain has at most one codec each.
     rises = all(earlier < later or earlier == later == 0 for earlier, later in pairs)
     # Delta coding predicts tensors as they are, and not what another codec has left of them.
     return rises and len(set(names)) == len(names) and "delta" not in names[1:]

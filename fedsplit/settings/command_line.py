@@ -34,7 +34,11 @@ class Parser(argparse.ArgumentParser):
         # Without a default, as a parser of a subcommand would overwrite what the parser above it has read.
         self.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
 
-    def read(self, argv: Sequence[str] | None = None, options: Collection[str] = ()) -> Call:
+    def read(
+        self,
+        argv: Sequence[str] | None = None,
+        options: Collection[str] = (),
+    ) -> Call:
         """Parses a command line. Wrong flags are part of the result, so that the other flags can still be checked.
 
         Args:
@@ -74,12 +78,17 @@ class Parser(argparse.ArgumentParser):
                 elif lifted is None:
                     lifted = _made_optional(action for action in self._every_action() if action.required)
                 else:
+                    # The rest cannot be read at all, such as flags without the name of a subcommand.
                     check_all(errors)
         vars(flags).pop("debug", None)  # `exit_code` looks for it in the command line itself
+        # A required flag that is missing has no value that a check may read.
         refused |= {dest for dest in lifted or () if vars(flags).get(dest) is None}
         return Call(unreadable(flags, refused), {}, rest, errors, refused)
 
-    def _without_empty_flags(self, words: Sequence[str]) -> tuple[list[str], list[InputError], set[str]]:
+    def _without_empty_flags(
+        self,
+        words: Sequence[str],
+    ) -> tuple[list[str], list[InputError], set[str]]:
         """Takes out the flags that lack their value.
 
         Args:
@@ -205,6 +214,7 @@ def _with_options(call: Call, settings: Collection[str], known: Mapping[str, str
     """
     words = []
     for argument in call.rest:
+        # A flag and its value may be one word, as in --strategy.mu=0.1.
         words += argument.split("=", 1) if argument.startswith("--") else [argument]
 
     options: Options = {setting: {} for setting in settings}
@@ -218,6 +228,7 @@ def _with_options(call: Call, settings: Collection[str], known: Mapping[str, str
         if not flag.startswith("--") or not key or setting not in settings:
             errors.append(InputError(f"there is no flag {shortened(flag)}; {suggest(flag, known)}"))
             meant = {known[close] for close in similar(flag, known)}
+            # A setting that was given beside the unknown flag keeps its value.
             refused |= {dest for dest in meant if not vars(call.flags).get(dest)}
             if flag.startswith("--") and has_value:  # the value of a flag that is unknown is no error of its own
                 words.pop(0)

@@ -110,6 +110,7 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
             text = Path(value).read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError from error
+        # A file may have commas, lines, or both.
         items = text.replace(",", " ").split()
     for item in items:
         is_whole = isinstance(item, int | str) and not isinstance(item, bool)  # True is an int in Python
@@ -144,6 +145,7 @@ def _object(setting: str, value: object) -> str:
         raise TypeError
     _check_times(setting, value)
     # Sorted, so that the order of the fields is no difference between two runs.
+    # NaN, which JSON does not have, is refused.
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
@@ -278,10 +280,12 @@ def draft(values: Mapping[str, object], tables: Mapping[str, Any]) -> Draft:
         _settle_peft(fields["lora"], fields["prompt"])
     except SettingError as error:
         collector.extend(error.errors)
+        # Either of the two may be the one that the user wants.
         wrong |= {"lora.method", "prompt.kind"}
 
     sections: dict[str, Any] = {name: cls(**fields[name]) for name, cls in SECTIONS.items()}
     tables_of_config: dict[str, Any] = options
+    # Wrong settings have their defaults at first, and lose them in the draft.
     config = Config(**fields[""], **sections, **tables_of_config)
     is_default = not any(fields.values()) and not any(options.values())
     return Draft(without(config, wrong), collector.errors, is_default)
@@ -296,6 +300,7 @@ def meant_by(name: str) -> set[str]:
     """
     if name in BY_ALIAS:
         return {BY_ALIAS[name]}
+    # The name of a section may stand for each of its settings.
     of_section = {setting for setting in SETTINGS if setting.startswith(f"{name}.")}
     return of_section or {*similar(name, SETTINGS)}
 
@@ -435,8 +440,10 @@ def as_document(config: Config) -> dict[str, Any]:
     for setting in SETTINGS.values():
         table = document[setting.section] if setting.section else document
         if setting.item_type is not None:
+            # As TOML reads them back, which has no tuples.
             table[setting.field] = list(table[setting.field])
     if len(config.lora.rank) == 1:
+        # A single rank is a number in the file, as a user writes one.
         document["lora"]["rank"] = config.lora.rank[0]
     return document
 

@@ -151,6 +151,7 @@ def add_setting(group: TakesArguments, name: str, default: str | None = None) ->
 
     keywords: dict[str, Any] = {}
     if name in REPEATABLE:
+        # Each flag brings a list, and argparse joins the lists.
         keywords = {"action": "extend", "type": lambda text: text.split(",")}
     elif setting.python_type is bool:
         keywords = {"nargs": "?", "const": "true"}  # a switch needs no value
@@ -181,6 +182,7 @@ def make_parser() -> Parser:
         prog="python -m fedsplit.simulate",
         description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
         allow_abbrev=False,  # an abbreviation could mean another flag in the next version
+        # A default here would look like a flag that was given, and win over the file.
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over the file")
@@ -273,11 +275,14 @@ def settle_draft(values: Mapping[str, object], options: Options, file: Path | No
     run = values.get("resume")
     if run:
         own_file = Path(str(run)) / "config.toml"
+        # `samefile` raises an error for a file that is missing.
         is_own = file is not None and isfile(file) and isfile(own_file) and file.samefile(own_file)
         with collector.collecting():
             _check_unchanged(values, options, None if is_own else file, run)
+        # All others are refused above, and must cause no further errors.
         values = {name: value for name, value in values.items() if name in MAY_DIFFER}
         options = {setting: keywords for setting, keywords in options.items() if setting in MAY_DIFFER}
+        # The settings that may not differ are those of the run's own file.
         file = own_file
 
     file_values: dict[str, object] = {}
@@ -294,13 +299,20 @@ def settle_draft(values: Mapping[str, object], options: Options, file: Path | No
         file_options["sinks"] = {}
     tables = {}
     for name in OPTIONS:
-        tables[name] = merged(file_options.get(name, {}), options.get(name, {}), name)
+        lower = file_options.get(name, {})
+        higher = options.get(name, {})
+        tables[name] = merged(lower, higher, name)
     made = draft({**file_values, **values}, tables)
     collector.extend(made.errors)
     return Draft(without(made.config, unknown), collector.errors, made.is_default)
 
 
-def _check_unchanged(values: Mapping[str, object], options: Options, file: Path | None, run: object) -> None:
+def _check_unchanged(
+    values: Mapping[str, object],
+    options: Options,
+    file: Path | None,
+    run: object,
+) -> None:
     """Makes sure that a run can go on, and that only settings are set that may differ.
 
     Raises:

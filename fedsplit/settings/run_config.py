@@ -52,9 +52,11 @@ def words_of(run_config: Mapping[str, Value], nodes: int) -> list[str]:
     named: dict[str, str] = {}  # key by setting
     words = [f"--engine={ENGINE}"]
     flags = _split(run_config.get(FLAGS, ""))
-    sets_clients = bool(run_config.get("clients", 0)) or any(word.partition("=")[0] == "--clients" for word in flags)
-    goes_on = any(word.partition("=")[0] in ("--resume", "--config") for word in flags)
+    named_flags = [word.partition("=")[0] for word in flags]
+    sets_clients = bool(run_config.get("clients", 0)) or "--clients" in named_flags
+    goes_on = "--resume" in named_flags or "--config" in named_flags
     if not sets_clients and not goes_on:  # the run, or the file, has a number of its own
+        # A flag would win over the number in the file.
         words.append(f"--clients={nodes}")
     for key, value in run_config.items():
         if key == FLAGS or (key == "clients" and not value):

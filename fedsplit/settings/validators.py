@@ -210,6 +210,7 @@ WITHOUT_DELTA = "a chain as for wire.codec, without delta"
 
 def _is_adapter_chain(value: str) -> bool:
     links = parse_chain(value)
+    # A chain has delta in the first place or nowhere.
     return links is not None and links[0].name != "delta"
 
 

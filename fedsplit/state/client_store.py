@@ -72,6 +72,7 @@ class ClientStore:
         path = round_file(self.folder, round)
         if path.exists():
             return ClientState(**unpack(load_tensors(path)))
+        # Round 0 is the start, before which no client has saved anything.
         if round and self.folder.exists():
             raise LostState(f"{self.folder} has nothing of round {round}, which the server has accepted")
         return ClientState()
@@ -91,7 +92,8 @@ class ClientStore:
             accepted: The last round that the server accepted. Its file stays, since this round may be repeated.
             kept: Rounds that were the last accepted ones at the server's kept checkpoints. Their files stay, too.
         """
-        tensors = pack({group.name: getattr(state, group.name) for group in dataclasses.fields(ClientState)})
+        groups = {group.name: getattr(state, group.name) for group in dataclasses.fields(ClientState)}
+        tensors = pack(groups)
 
         # An earlier round without a file had an empty state. It gets an empty file, so that `load` does not take
         # it for a lost one once the folder exists.

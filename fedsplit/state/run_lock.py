@@ -35,6 +35,7 @@ def lock(run: Path, setting: str = "resume") -> IO[bytes]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
+        # POSIX allows both errors for a lock that another process holds.
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise SettingError(setting, str(run), "the folder of a run that is not at work any more") from None
         raise

@@ -52,6 +52,7 @@ def locked(folder: Path) -> Iterator[SiteLock]:
     """
     with writing(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Apart from `open`, whose "r+" makes no file. "w+" would empty the file before the lock is held.
         (folder / _NAME).touch(0o600)
     with open(folder / _NAME, "r+", encoding="ascii") as file:
         try:
@@ -60,9 +61,12 @@ def locked(folder: Path) -> Iterator[SiteLock]:
             holder = file.read().strip()
             allowed = f"a folder in which no other client is at work; process {holder} or its SuperNode is"
             raise SettingError("folder", folder, allowed) from None
+        # Read under the lock, and before the file is emptied: a number that is still there is that of a killed
+        # client.
         lock = SiteLock(file.fileno(), was_killed=bool(file.read()))
         file.seek(0)
         file.truncate()
         file.write(f"{os.getpid()}\n")
+        # A client that is killed a moment later must have left its number.
         file.flush()
         yield lock

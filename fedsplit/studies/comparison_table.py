@@ -50,7 +50,11 @@ class FailedRun:
     reason: str
 
 
-def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baseline: Point) -> list[Line]:
+def comparison(
+    runs: Sequence[FinishedRun],
+    points: Mapping[str, Point],
+    baseline: Point,
+) -> list[Line]:
     """Compares the points of a study.
 
     Args:
@@ -62,6 +66,7 @@ def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baselin
     Returns:
         A line for each measure and point. A point whose runs have all failed has lines without values.
     """
+    # The loss comes first, and has a table even if all runs have failed.
     by_measure: dict[str, dict[str, dict[int, float]]] = {LOSS: {}}
     with_result = {run.label for run in runs}
     for run in runs:
@@ -73,9 +78,11 @@ def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baselin
             if label not in by_label and label in with_result:  # its runs do not have this measure
                 continue
             values = by_label.get(label, {})
+            # Replaced values keep the places of their axes, so that the label is that of a point of the study.
             partner = label_of({**point, **baseline}) if baseline and measure not in UNTESTED else label
             test = None if partner == label else compare(values, by_label.get(partner, {}))
-            lines.append(Line(label, measure, values, spread(list(values.values())), partner if test else "", test))
+            compared_with = partner if test else ""
+            lines.append(Line(label, measure, values, spread(list(values.values())), compared_with, test))
     return lines
 
 
@@ -113,6 +120,7 @@ def remark(lines: Sequence[Line]) -> str:
 
 def tables(lines: Sequence[Line]) -> Iterator[list[list[str]]]:
     """Yields a table of texts for each measure: its header, then a row for each point."""
+    # A dictionary, since a set would not keep the order of the measures.
     for measure in dict.fromkeys(line.measure for line in lines):
         of_measure = [line for line in lines if line.measure == measure]
         tests = [line.test for line in of_measure if line.test is not None]
@@ -168,7 +176,10 @@ def origin_of(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     origin: dict[str, Any] = {}
     for key in ORIGIN:
         found = [run.summary.get(key) for run in runs]
-        origin[key] = found[0] if found and all(each == found[0] for each in found) else MIXED if found else None
+        are_alike = all(each == found[0] for each in found)
+        origin[key] = None
+        if found:
+            origin[key] = found[0] if are_alike else MIXED
     origin["runs"] = [
         {"name": run.name, "label": run.label, "seed": run.seed}
         | {key: run.summary.get(key) for key in ("date", "git", "versions")}
@@ -178,7 +189,10 @@ def origin_of(runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
 
 def as_json(
-    lines: Sequence[Line], study: Mapping[str, Any], origin: Mapping[str, Any], failed: Sequence[FailedRun] = ()
+    lines: Sequence[Line],
+    study: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    failed: Sequence[FailedRun] = (),
 ) -> str:
     """Returns a comparison as JSON, with all that a reader needs to judge it.
 
@@ -194,4 +208,5 @@ def as_json(
         "failed": [asdict(run) for run in failed],
         "comparison": [asdict(line) for line in lines],
     }
+    # A study file may have dates, which JSON does not know.
     return json.dumps(document, indent=1, default=str) + "\n"

@@ -84,7 +84,9 @@ def name_of_run(label: str, seed: int, config: Config) -> str:
         'fedavg-lora.rank-4-seed-0'
     """
     words = re.sub(r"[^\w.+]+", "-", label, flags=re.ASCII).strip("-.")[:_LONGEST]
-    return "-".join([*([words] if words else []), f"seed-{seed}", digest_of(config)[:8]])
+    # A label may have none of the letters that a folder's name takes.
+    pieces = [words] if words else []
+    return "-".join([*pieces, f"seed-{seed}", digest_of(config)[:8]])
 
 
 def finished(folder: Path, label: str, seed: int) -> FinishedRun | None:
@@ -114,6 +116,7 @@ def settings_for(folder: Path, config: Config) -> Config:
     Raises:
         InputError: The settings of the stopped run cannot be read.
     """
+    # A run without a folder of checkpoints has nothing to go on from, and begins again.
     is_begun = (folder / "config.toml").is_file() and (folder / CHECKPOINTS).is_dir()
     if not is_begun:
         return replace(config, out=str(folder))

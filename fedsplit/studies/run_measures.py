@@ -68,7 +68,12 @@ def measures_of(run: FinishedRun) -> dict[str, float]:
     measures["tokens"] = summary["tokens"]
     # Not of the whole run: a warm process has read the data for an earlier run, and so begins sooner.
     measures["training seconds"] = summary["tokens"] / (summary["tokens_per_second"] or math.nan)
-    return {name: float(value) for name, value in measures.items() if value is not None and not math.isnan(value)}
+    # NaN stands for a measure without a value, such as the seconds of a run without a speed.
+    known = {}
+    for name, value in measures.items():
+        if value is not None and not math.isnan(value):
+            known[name] = float(value)
+    return known
 
 
 def _of_rounds(metrics: Path, measured: int | None) -> dict[str, float]:

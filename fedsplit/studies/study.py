@@ -151,12 +151,14 @@ def read_study(path: Path, defaults: Mapping[str, Any]) -> Study:
     collector = ErrorCollector()
     file = read_file(path, collector)
     parts = _parts(file.document, collector)
+    # Points of a broken part would be wrong, and each would repeat its error.
     collector.check()
 
     points = list(_points(parts.grid, parts.variants))
     count = len(points) * len(parts.seeds)
     if count > MOST_RUNS:
         raise InputError(f"{path}: {count:,} runs are not possible; allowed: at most {MOST_RUNS:,}")
+    # There is always a point: a study without axes has one that is empty.
     axes = tuple(points[0])
     of_variants = dict.fromkeys(name for values in parts.variants.values() for name in values)
     columns = dict.fromkeys([*parts.grid, *of_variants])
@@ -164,7 +166,8 @@ def read_study(path: Path, defaults: Mapping[str, Any]) -> Study:
     with collector.collecting():
         baseline = _baseline(file.document.get("baseline"), points, axes)
     common = {**defaults, **parts.common}
-    return Study(tuple(_runs(points, parts, common)), axes, tuple(columns), baseline, file, collector.errors)
+    runs = tuple(_runs(points, parts, common))
+    return Study(runs, axes, tuple(columns), baseline, file, collector.errors)
 
 
 @dataclass
@@ -194,7 +197,11 @@ def _parts(document: Mapping[str, Any], collector: ErrorCollector) -> _Parts:
     return parts
 
 
-def _runs(points: Sequence[Point], parts: _Parts, common: Mapping[str, Any]) -> Iterator[PlannedRun]:
+def _runs(
+    points: Sequence[Point],
+    parts: _Parts,
+    common: Mapping[str, Any],
+) -> Iterator[PlannedRun]:
     """Yields the runs: all points with the first seed, and so on."""
     for seed in parts.seeds:
         for point in points:
@@ -246,13 +253,17 @@ def _check_different(name: str, values: Sequence[Any]) -> None:
     """
     seen = set()
     for value in values:
+        # As JSON: a set holds no lists, and would take 1 and true for equal.
         key = json.dumps(value, sort_keys=True, default=str)
         if key in seen:
             raise SettingError(name, shortened(value), "values that are all different; this one is there twice")
         seen.add(key)
 
 
-def _variants(document: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _variants(
+    document: Mapping[str, Any],
+    grid: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
     """Returns the settings of each variant as flat values, by the variant's name.
 
     Raises:
@@ -269,6 +280,7 @@ def _variants(document: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str,
         if name in variants:
             raise SettingError("variants", f"{name} twice", "variants whose names are all different")
         own = {key: value for key, value in table.items() if key != "name"}
+        # Wrapped as a table of this name, so that an error names the setting as `variants.…`.
         variants[name] = _table({"variants": own}, "variants")
         for setting in variants[name].keys() & grid.keys():
             words = "a setting of [grid] or of [[variants]], not of both"
@@ -283,6 +295,7 @@ def _seeds(seeds: object) -> Sequence[int]:
         SettingError: The value is no list of different whole numbers.
     """
     is_list = isinstance(seeds, list) and bool(seeds)
+    # `type`, since `true` of TOML is an int in Python.
     if not is_list or any(type(seed) is not int or not 0 <= seed < 2**32 for seed in seeds):  # type: ignore[attr-defined]
         shown = "an empty list" if seeds == [] else shortened(seeds)
         raise SettingError("seeds", shown, "a list of whole numbers from 0 to 4294967295, such as [0, 1, 2]")
@@ -291,7 +304,10 @@ def _seeds(seeds: object) -> Sequence[int]:
     return seeds
 
 
-def _points(grid: Mapping[str, Sequence[Any]], variants: Mapping[str, Any]) -> Iterator[Point]:
+def _points(
+    grid: Mapping[str, Sequence[Any]],
+    variants: Mapping[str, Any],
+) -> Iterator[Point]:
     """Yields every variant with every combination of the grid's values; a single point without axes for neither."""
     axes = {VARIANT: list(variants), **grid} if variants else grid
     for values in itertools.product(*axes.values()):
@@ -311,7 +327,10 @@ def _baseline(given: object, points: Sequence[Point], axes: Sequence[str]) -> Po
     """
     if given is None:
         return {}
-    values = {axis: list({text_of(point[axis]): None for point in points}) for axis in axes}
+    values = {}
+    for axis in axes:
+        # A dictionary, since a set would not keep the order of the study.
+        values[axis] = list({text_of(point[axis]): None for point in points})
     if isinstance(given, Mapping):
         wanted = flat(given)
     else:

@@ -85,7 +85,10 @@ def read_file(path: Path, collector: ErrorCollector) -> StudyFile:
     return StudyFile(extended(base, document), {path.name: text, base_path.name: base_text})
 
 
-def extended(base: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+def extended(
+    base: Mapping[str, Any],
+    document: Mapping[str, Any],
+) -> dict[str, Any]:
     """Merges a study with the study that it extends. Values of a wrong type stay, to be refused by name.
 
     Args:

@@ -87,6 +87,7 @@ def tidy(
         for round, values in sorted(_by_round(run.folder).items()):
             rows += [(run.name, run.label, run.seed, *settings, round, *value) for value in values]
     names = ["run", "label", "seed", *by_column, *COLUMNS]
+    # The type is set, since pandas would give a table without any number another type.
     return pandas.DataFrame(rows, columns=names).astype({"value": "float64"})
 
 
@@ -99,6 +100,7 @@ def of_one_type(cells: Sequence[Any]) -> list[Any]:
     """
     kinds = {type(cell) for cell in cells if cell is not None}
     is_plain = any(kinds <= plain for plain in ({bool}, {int, float}, {str}))
+    # The integers of Parquet have 64 bits.
     is_large = any(isinstance(cell, int) and abs(cell) >= 2**63 for cell in cells)
     if is_plain and not is_large:
         return list(cells)
@@ -129,7 +131,8 @@ def _by_round(folder: Path) -> dict[int, list[Value]]:
         event = json.loads(line)
         if event["event"] in readers:
             found = readers[event["event"]](event)
-            by_event[event["round"], event["event"]] = [value for value in found if value[-1] is not None]
+            known = [value for value in found if value[-1] is not None]
+            by_event[event["round"], event["event"]] = known
     by_round: dict[int, list[Value]] = {}
     for (round, _), values in by_event.items():
         by_round.setdefault(round, []).extend(values)

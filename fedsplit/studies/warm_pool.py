@@ -98,8 +98,10 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         arguments = (theirs, self.work, self.warm, self.describe)
+        # A daemonic process may have no children. `_end_with_parent` ends the workers in its place.
         process = context.Process(target=_serve, args=arguments, name="worker", daemon=False)
         process.start()
+        # With this end open here, too, the pool would not see when the worker dies.
         theirs.close()
         self._workers.append(_Worker(process, ours))
 
@@ -136,6 +138,7 @@ class Workers:
         try:
             outcome: Outcome = worker.connection.recv()
         except (EOFError, OSError):
+            # For the exit code, which is known once the process has ended.
             worker.process.join(END_SECONDS)
             self._workers.remove(worker)
             return Outcome(name, error=_death(worker.process.exitcode))
@@ -148,6 +151,7 @@ class Workers:
             worker.connection.close()
             if worker.job is not None:
                 worker.process.terminate()
+        # All have their signal before the first is waited for, so that they end at the same time.
         for worker in self._workers:
             worker.process.join(END_SECONDS)
             if worker.process.is_alive():
@@ -171,12 +175,18 @@ def _death(exit_code: int | None) -> str:
     return f"its process ended with exit code {exit_code}"
 
 
-def _serve(connection: Connection, work: Work, warm: Callable[[], object], describe: Describe) -> None:
+def _serve(
+    connection: Connection,
+    work: Work,
+    warm: Callable[[], object],
+    describe: Describe,
+) -> None:
     """Plays runs until the pool closes its end of the connection; what a worker process does."""
     # Ctrl-C reaches all processes of a terminal. The pool alone decides what becomes of the workers.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What libraries print before the first run would go to the screen of the sweep.
     with open(os.devnull, "wb") as nothing:
         _write_to(nothing.fileno())
     warm()
@@ -185,6 +195,7 @@ def _serve(connection: Connection, work: Work, warm: Callable[[], object], descr
             job: Job = connection.recv()
         except (EOFError, OSError):
             return
+        # Appended, since a run that goes on has a log already.
         with open(job.log, "ab", buffering=0) as log:
             _write_to(log.fileno())
             try:

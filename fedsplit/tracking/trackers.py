@@ -54,6 +54,7 @@ class Tracker(Sink):
         elif self._tracker is not None:
             values = dict(values_of(event))
             if values:
+                # The end of a run has no round, and so no step.
                 self._tracker.log(values, step=getattr(event, "round", None))
 
     def _start(self, event: RunStarted) -> None:
@@ -64,6 +65,7 @@ class Tracker(Sink):
         tracker = self.make(Path(event.folder))
         tracker.start()
         tracker.store_init_configuration(settings_of(event))
+        # Only now: a tracker that fails as it starts gets no values, and has nothing to finish.
         self._tracker = tracker
 
     @abstractmethod
@@ -77,6 +79,7 @@ class Tracker(Sink):
 
     def close(self) -> None:
         """Ends the tracker's run."""
+        # Forgotten before it is finished, so that a second call does nothing.
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             tracker.finish()
@@ -91,6 +94,7 @@ class TensorBoard(Tracker):
         """Returns the tracker; see `Tracker.make`."""
         from accelerate.tracking import TensorBoardTracker
 
+        # accelerate makes a folder of this name in the run's folder.
         return TensorBoardTracker("tensorboard", logging_dir=folder)
 
 
@@ -174,6 +178,7 @@ def settings_of(event: RunStarted) -> dict[str, str | int | float | bool]:
     for name, value in values.items():
         if isinstance(value, Mapping):  # options of a class
             plain |= {f"{name}.{key}": inner for key, inner in value.items()}
+        # Some trackers take plain values only.
         elif isinstance(value, list | tuple):
             plain[name] = ",".join(map(str, value))
         else:
@@ -231,7 +236,10 @@ def _named_values(event: Event) -> Iterator[tuple[str, float | None]]:
             yield "final/wall_seconds", event.summary["wall_seconds"]
 
 
-def _by_client(name: str, values: Mapping[str, float | None]) -> Iterator[tuple[str, float | None]]:
+def _by_client(
+    name: str,
+    values: Mapping[str, float | None],
+) -> Iterator[tuple[str, float | None]]:
     """Yields the values of clients by name."""
     for client, value in values.items():
         yield f"clients/{name}/{client}", value

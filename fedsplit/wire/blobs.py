@@ -26,7 +26,9 @@ def to_blob(encoded: Encoded) -> Tensor:
     """
     forms = {name: [array.dtype.str, array.shape] for name, array in encoded.arrays.items()}
     header = json.dumps([forms, dict(encoded.header)]).encode()
-    pieces = [_LENGTH.pack(len(header)), header, *(array.tobytes() for array in encoded.arrays.values())]
+    arrays = [array.tobytes() for array in encoded.arrays.values()]
+    pieces = [_LENGTH.pack(len(header)), header, *arrays]
+    # A bytearray, since torch warns of memory that it may not write to.
     return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
 
 
@@ -43,6 +45,7 @@ def from_blob(blob: Tensor) -> Encoded:
         (length,) = _LENGTH.unpack_from(data)
         forms, facts = json.loads(data[_LENGTH.size : _LENGTH.size + length])
         encoded = _read(data, _LENGTH.size + length, forms, facts)
+    # The bytes come from a peer: whatever is wrong with them is one error.
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError, struct.error):
         raise MalformedPacket("the bytes are no encoded tensor") from None
     check_encoded("a blob", encoded)
@@ -57,6 +60,7 @@ def _read(data: bytes, place: int, forms: Any, facts: Any) -> Encoded:
     """
     arrays = {}
     for name, (kind, shape) in forms.items():
+        # As a text, since `np.dtype` takes None and lists for types, too.
         dtype = np.dtype(str(kind))
         if not may_cross(dtype) or not all(map(is_count, shape)):
             raise ValueError("an array is of a type or shape that may not cross")

@@ -70,6 +70,7 @@ def codec_of(settings: WireSettings, seed: int) -> ByRole:
         seed: Seed of the run.
     """
     caches = sum("delta" in _names(text) for text in settings.codecs.values())
+    # The budget is that of a client, and is divided among the codecs with a cache.
     share = settings.cache_bytes // max(1, caches)
     codecs = {role: make_codec(text, seed, share) for role, text in settings.codecs.items()}
     return ByRole(codecs)

@@ -69,7 +69,11 @@ class Caller:
             raise Refused("PERMISSION_DENIED", words)
 
 
-def caller_of(metadata: Metadata, certificate: Mapping[str, Sequence[bytes]], identities: Identities | None) -> Caller:
+def caller_of(
+    metadata: Metadata,
+    certificate: Mapping[str, Sequence[bytes]],
+    identities: Identities | None,
+) -> Caller:
     """Returns who opens a stream.
 
     With TLS, the certificate decides. Without TLS, all callers are processes on this machine that know the token. Such
@@ -84,6 +88,7 @@ def caller_of(metadata: Metadata, certificate: Mapping[str, Sequence[bytes]], id
         Refused: The certificate has an unknown name, or the request names another client.
     """
     named = entry(metadata, CLIENT)
+    # 18 digits are enough for every number, and `int` refuses thousands of them with an error of its own.
     if named and not (named.isascii() and named.isdigit() and len(named) < 19):
         raise Refused("INVALID_ARGUMENT", f"{CLIENT} is no number of a client")
     if identities is None:

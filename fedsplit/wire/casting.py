@@ -119,7 +119,8 @@ class Float16(Cast):
         gradient_is_wider = role is not None and role.kind == "gradient" and role.dtype == torch.float16
         dtype = "float32" if gradient_is_wider else str(tensor.dtype).removeprefix("torch.")
         scale = scale_to(_FULL, tensor)
-        return array_as(self._to_array((tensor.float() * scale).to(torch.float16)), dtype, scale)
+        scaled = (tensor.float() * scale).to(torch.float16)
+        return array_as(self._to_array(scaled), dtype, scale)
 
 
 EXACT = Raw()

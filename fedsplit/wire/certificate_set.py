@@ -38,6 +38,7 @@ class _Authority:
         self._end = self._begin + _EARLIER + datetime.timedelta(days=days)
         self._name = _named("fedsplit test authority")
         unsigned = self._unsigned(self._name, self._key.public_key())
+        # A path of length 0: no certificate of the set can be an authority itself.
         unsigned = unsigned.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         unsigned = unsigned.add_extension(_key_usage(signs_certificates=True), critical=True)
         unsigned = unsigned.add_extension(
@@ -84,7 +85,12 @@ class _Authority:
         write_secret(folder / KEY, secret)
 
 
-def write_set(folder: Path, clients: Sequence[str], hosts: Sequence[str] = (), days: int = 30) -> None:
+def write_set(
+    folder: Path,
+    clients: Sequence[str],
+    hosts: Sequence[str] = (),
+    days: int = 30,
+) -> None:
     """Writes a set of certificates for tests. The folder is complete, or is not there.
 
     Certificates of trunk and SuperLink name hosts, so that whoever checks hosts takes no other party for one of them.

@@ -16,7 +16,10 @@ _MOST_KEPT = 16
 class ControlRequests:
     """Requests by identity, with their replies, until the operator has the reply. Not thread-safe."""
 
-    def __init__(self, control: Callable[[bytes, Callable[[Reply], None]], None]) -> None:
+    def __init__(
+        self,
+        control: Callable[[bytes, Callable[[Reply], None]], None],
+    ) -> None:
         """Has no requests.
 
         Args:
@@ -52,6 +55,7 @@ class ControlRequests:
 
     def _drop_old(self) -> None:
         """Drops the oldest replies beyond `_MOST_KEPT`."""
+        # Only requests with a reply are dropped. Somebody waits for each of the others.
         done = [identity for identity, future in self._replies.items() if future.done()]
         for identity in done[: max(0, len(self._replies) - _MOST_KEPT)]:
             del self._replies[identity]

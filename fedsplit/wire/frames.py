@@ -46,7 +46,13 @@ class Connection(Protocol):
         """Waits for bytes, and writes them into memory; returns how many, and 0 at the end."""
         ...
 
-    def sendmsg(self, pieces: list[memoryview], ancillary: list[Any] = ..., flags: int = ..., /) -> int:
+    def sendmsg(
+        self,
+        pieces: list[memoryview],
+        ancillary: list[Any] = ...,
+        flags: int = ...,
+        /,
+    ) -> int:
         """Sends the first bytes of some pieces of memory; returns how many."""
         ...
 
@@ -167,6 +173,7 @@ def send(
 
 def _drop_sent(left: list[memoryview], sent: int) -> None:
     """Removes a number of sent bytes from the beginning of some pieces of memory."""
+    # `>=`, so that pieces without bytes leave, too. A frame with one at its end would otherwise be sent for ever.
     while left and sent >= len(left[0]):
         sent -= len(left.pop(0))
     if left:
@@ -206,6 +213,7 @@ def receive(connection: Connection) -> tuple[int, Packet | Exception]:
     parts = reading()
     _fill(connection, next(parts))
     memory = next(parts)  # raises an error for a header that is too long
+    # From the prefix on. Before a frame begins, the peer may be silent for any time.
     with _without_long_pauses(connection):
         while True:
             _fill(connection, memory)
@@ -263,6 +271,7 @@ def reading(largest: int | None = None) -> Reading[tuple[int, Packet | Exception
 
     forms = {name: _forms(tensor["arrays"]) for name, tensor in header["tensors"].items()}
     nbytes = sum(form.nbytes for arrays in forms.values() for form in arrays.values())
+    # Before memory is taken for the arrays.
     if nbytes > most:
         raise ValueError("a packet is too large")
 
@@ -300,6 +309,7 @@ def _forms(arrays: Mapping[str, Sequence[Any]]) -> dict[str, _Form]:
     """
     forms = {}
     for name, (kind, shape) in arrays.items():
+        # As a text, since `np.dtype` takes None and lists for types, too.
         dtype = np.dtype(str(kind))
         is_shape = type(shape) is list and all(map(is_count, shape))
         if not may_cross(dtype) or not is_shape:

@@ -37,7 +37,9 @@ class Grouped(Codec):
         form = form_of(tensor, role)
         matrix = matrix_of(tensor)
         size, groups = self._division(form.width)
-        padded = functional.pad(matrix, (0, size * groups - form.width)).view(form.rows * groups, size)
+        missing = size * groups - form.width
+        padded = functional.pad(matrix, (0, missing)).view(form.rows * groups, size)
+        # `amax` has no result for groups without values.
         sent_scales, scales = self.scales(padded.abs().amax(1) if size else padded.sum(1))
         units = (padded / scales[:, None]).view(form.rows, groups * size)[:, : form.width]
         codes = self.codes(units, role)
@@ -53,7 +55,8 @@ class Grouped(Codec):
         size, groups = self._division(form.width)
         scales = self.read_scales(encoded, form.rows * groups)
         units = self.units(encoded, form)
-        padded = functional.pad(units, (0, size * groups - form.width)).view(form.rows * groups, size)
+        missing = size * groups - form.width
+        padded = functional.pad(units, (0, missing)).view(form.rows * groups, size)
         values = (padded * scales[:, None]).view(form.rows, groups * size)[:, : form.width]
         return form.tensor(values)
 
@@ -72,8 +75,10 @@ class Grouped(Codec):
         # bfloat16 has the range of float32. Rounded upwards, so that no value exceeds `top`. The smallest scale
         # stands for groups of zeros, which would otherwise be divided by zero.
         rounded = exact.clamp(min=_SMALLEST).to(torch.bfloat16)
+        # The bits of a positive float, plus 1, are those of the next larger float.
         bits = rounded.view(torch.int16) + (rounded.float() < exact)
-        return bits.to(torch.int16), bits.to(torch.int16).view(torch.bfloat16).float()
+        sent = bits.to(torch.int16)
+        return sent, sent.view(torch.bfloat16).float()
 
     def read_scales(self, encoded: Encoded, count: int) -> Tensor:
         """Returns the scales of an encoded tensor as float32.
@@ -135,14 +140,17 @@ class Int8(Grouped):
         key = role.key
         # Without the attempt: a round that is repeated draws the same numbers. A generator for each tensor: torch's
         # own generator draws the dropout, and stays as it is.
-        path = "codec", role.kind, role.direction, key.round, key.client, key.step, key.batch, key.micro, role.training
+        step = (key.round, key.client, key.step, key.batch, key.micro)
+        path = ("codec", role.kind, role.direction, *step, role.training)
         generator = torch.Generator().manual_seed(derive_seed(self._seed, *path))
-        return (units + torch.rand(units.shape, generator=generator)).floor().clamp(-self.top, self.top)
+        noise = torch.rand(units.shape, generator=generator)
+        return (units + noise).floor().clamp(-self.top, self.top)
 
     def codes(self, units: Tensor, role: Role) -> np.ndarray:
         """Returns one byte for each value."""
         # NaN becomes any whole number; the scale of the group is NaN, too, and decides.
-        array: np.ndarray = self.rounded(units, role).nan_to_num(0.0).to(torch.int8).numpy()
+        numbers = self.rounded(units, role).nan_to_num(0.0)
+        array: np.ndarray = numbers.to(torch.int8).numpy()
         return array
 
     def units(self, encoded: Encoded, form: Form) -> Tensor:
@@ -178,7 +186,8 @@ class Int4(Int8):
 
     def codes(self, units: Tensor, role: Role) -> np.ndarray:
         """Returns half a byte for each value."""
-        return packed((self.rounded(units, role).nan_to_num(0.0) + 8).to(torch.uint8))
+        numbers = self.rounded(units, role).nan_to_num(0.0)
+        return packed((numbers + 8).to(torch.uint8))
 
     def units(self, encoded: Encoded, form: Form) -> Tensor:
         """Returns the numbers."""
@@ -227,10 +236,12 @@ class FewIntegers(Int8):
 
     def codes(self, units: Tensor, role: Role) -> np.ndarray:
         """Returns bytes of several numbers each."""
-        digits = (self.rounded(units, role).nan_to_num(0.0) + self.top).to(torch.uint8).flatten()
+        numbers = self.rounded(units, role).nan_to_num(0.0)
+        digits = (numbers + self.top).to(torch.uint8).flatten()
         digits = functional.pad(digits, (0, -digits.numel() % self._digits)).view(-1, self._digits)
         codes = torch.zeros(len(digits), dtype=torch.uint8)
         for place in range(self._digits):
+            # As many digits as fit into a byte, so that no sum is above 255.
             codes += digits[:, place] * self._base**place
         array: np.ndarray = codes.numpy()
         return array
@@ -238,7 +249,8 @@ class FewIntegers(Int8):
     def units(self, encoded: Encoded, form: Form) -> Tensor:
         """Returns the numbers."""
         codes = array_in(encoded, "codes", np.uint8, -(-form.count // self._digits))
-        digits = torch.stack([codes // self._base**place % self._base for place in range(self._digits)], 1).flatten()
+        columns = [codes // self._base**place % self._base for place in range(self._digits)]
+        digits = torch.stack(columns, 1).flatten()
         return digits[: form.count].view(form.rows, form.width).float() - self.top
 
 
@@ -261,12 +273,14 @@ class Float8(Grouped):
     def codes(self, units: Tensor, role: Role) -> np.ndarray:
         """Returns the bits of the floats."""
         # Beyond the largest number, some versions of torch make NaN and others the largest number.
-        bits: np.ndarray = units.clamp(-self.top, self.top).to(self.dtype).view(torch.uint8).numpy()
+        floats = units.clamp(-self.top, self.top).to(self.dtype)
+        bits: np.ndarray = floats.view(torch.uint8).numpy()
         return bits
 
     def units(self, encoded: Encoded, form: Form) -> Tensor:
         """Returns the floats."""
-        return array_in(encoded, "codes", np.uint8, form.rows, form.width).view(self.dtype).float()
+        bits = array_in(encoded, "codes", np.uint8, form.rows, form.width)
+        return bits.view(self.dtype).float()
 
 
 class Float8E4M3(Float8):

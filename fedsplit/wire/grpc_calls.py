@@ -75,11 +75,14 @@ class RefusedByServer(Exception):
         self.status = status
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # An error is pickled by its arguments, which are not those of this class. Ray carries errors between
+        # processes.
         return _copy_of_refusal, (str(self), self.status)
 
 
 def _copy_of_refusal(message: str, status: str) -> RefusedByServer:
     error = RefusedByServer(status, "")
+    # The message is complete already.
     error.args = (message,)
     return error
 
@@ -168,7 +171,12 @@ class ServerStreams:
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         return grpc.aio.secure_channel(address.target, credentials, options=_CHANNEL_OPTIONS)
 
-    async def greeted(self, call: Call, assembler: Assembler[T], silence: float | None = None) -> ChunkStream[T]:
+    async def greeted(
+        self,
+        call: Call,
+        assembler: Assembler[T],
+        silence: float | None = None,
+    ) -> ChunkStream[T]:
         """Exchanges the first messages.
 
         Args:
@@ -187,6 +195,7 @@ class ServerStreams:
             except TimeoutError as error:
                 raise TrunkLost(f"the trunk's server has not answered for {silence:g} seconds") from error
 
+        # No pause ends a stream of a client, since the trunk may compute for any time.
         stream = ChunkStream(read, call.grpc.write, assembler, ReceiveWindow(_WINDOW), _FOREVER)
         try:
             async with asyncio.timeout(_WELCOME_SECONDS):
@@ -213,6 +222,7 @@ class ServerStreams:
             return TrunkLost(words)
         if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             return NotTrusted(f"the trunk's server refuses the client: {words}")
+        # gRPC does not tell a refused certificate from a server that is gone.
         if status == "UNAVAILABLE" and self._address.tls and not self._was_welcome:
             reason = await asyncio.to_thread(self._mistrust)
             if reason:

@@ -124,6 +124,7 @@ class GrpcClient:
         try:
             return future.result()
         finally:
+            # A caller that is interrupted must not leave the request behind on the event loop.
             future.cancel()
 
     def _post(self, number: int, sent: _Sent) -> None:
@@ -169,6 +170,7 @@ class GrpcClient:
         """Opens stream after stream while packets wait for answers."""
         patience = Patience(self._patience)
         while self._waiting:
+            # A new stream knows nothing of what the last one has sent.
             self._unsent = dict(self._waiting)
             try:
                 await self._one_stream(patience)
@@ -192,7 +194,8 @@ class GrpcClient:
             NotTrusted, RefusedByServer: A second stream would end in the same way.
         """
         async with self._streams.opened(PACKETS) as call:
-            stream = await self._streams.greeted(call, Assembler(lambda total: frames.reading(), frames.LARGEST_PACKET))
+            assembler = Assembler(lambda total: frames.reading(), frames.LARGEST_PACKET)
+            stream = await self._streams.greeted(call, assembler)
             patience.began()
             unanswered: set[int] = set()
             room = asyncio.Event()
@@ -205,12 +208,19 @@ class GrpcClient:
             finally:
                 writing.cancel()
                 reading.cancel()
+                # Both have to end before the call does. Their further errors only follow from the first.
                 await asyncio.gather(writing, reading, return_exceptions=True)
 
-    async def _write(self, stream: ChunkStream[Any], unanswered: set[int], room: asyncio.Event) -> None:
+    async def _write(
+        self,
+        stream: ChunkStream[Any],
+        unanswered: set[int],
+        room: asyncio.Event,
+    ) -> None:
         """Sends packets for ever."""
         while True:
             while not self._unsent:
+                # No packet is missed between the look and the wait, since `_post` runs on the same event loop.
                 self._changed.clear()
                 await self._changed.wait()
             while stream.most and len(unanswered) >= stream.most:
@@ -240,7 +250,11 @@ class GrpcClient:
             patience.progressed()
         raise Broken("the server has ended the stream")
 
-    async def _read_one(self, stream: ChunkStream[tuple[int, Packet | Exception]], unanswered: set[int]) -> bool:
+    async def _read_one(
+        self,
+        stream: ChunkStream[tuple[int, Packet | Exception]],
+        unanswered: set[int],
+    ) -> bool:
         """Takes one answer. A loop in here would keep the last answer in memory while the stream is silent."""
         frame = await stream.receive()
         if frame is None:
@@ -267,7 +281,12 @@ class GrpcClient:
                     raise TrunkLost(f"the trunk cannot be reached any more ({broken})") from broken
                 await asyncio.sleep(patience.wait())
 
-    async def _control_once(self, request: bytes, metadata: list[tuple[str, str]], patience: Patience) -> bytes:
+    async def _control_once(
+        self,
+        request: bytes,
+        metadata: list[tuple[str, str]],
+        patience: Patience,
+    ) -> bytes:
         """Sends a request by one stream.
 
         Args:

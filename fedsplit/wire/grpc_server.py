@@ -122,6 +122,7 @@ class GrpcServer:
     async def _open(self, address: GrpcAddress) -> int:
         """Starts to listen. Returns the port."""
         limits = self._limits
+        # With gRPC's default, two servers could listen at one port, and would divide the clients by chance.
         options = [*OPTIONS, ("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", 4 * limits.streams)]
         most = limits.clients * limits.streams + 64  # and health checks
         self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=most)
@@ -136,6 +137,7 @@ class GrpcServer:
         except RuntimeError as error:
             raise OSError(f"gRPC cannot listen at {address.target}: {first_line(error)}") from error
         await self._server.start()
+        # The empty name stands for the whole server in gRPC's health checks.
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return port
@@ -193,8 +195,14 @@ class GrpcServer:
         await stream.welcome()
         await _first_of(self._read(stream, outbox, caller), _answer(stream, outbox), stream.watch())
 
-    async def _read(self, stream: ChunkStream[tuple[int, Packet | Exception]], outbox: Outbox, caller: Caller) -> None:
+    async def _read(
+        self,
+        stream: ChunkStream[tuple[int, Packet | Exception]],
+        outbox: Outbox,
+        caller: Caller,
+    ) -> None:
         """Takes packets until the client has sent the last one, and waits for the answers to all of them."""
+        # By client, and not by stream: a second stream brings no further allowance.
         rate = self._rates.setdefault(caller.place, RateLimit(self._limits.rate, time.monotonic))
         while await self._read_one(stream, outbox, caller, rate):
             pass
@@ -215,6 +223,7 @@ class GrpcServer:
         if isinstance(packet, Exception):
             raise Refused("INVALID_ARGUMENT", "a client may send packets only")
         caller.check(packet)
+        # Before the credit, which depends on the bytes that this side holds.
         ticket = outbox.take(packet.nbytes)
         await stream.give_credit()
         self.taken += 1
@@ -237,6 +246,7 @@ class GrpcServer:
             raise Refused("INVALID_ARGUMENT", f"the request has no {REQUEST}")
         if entry(metadata, LIFE) not in ("", self._life):
             raise Refused("ABORTED", "the trunk was started again, and does not know the request")
+        # Before the request comes, so that an operator who repeats the request can name the life that has got it.
         await context.send_initial_metadata(((LIFE, self._life),))
         assembler = Assembler(blob_reading, limits.largest_control)
         window = ReceiveWindow(limits.window)

@@ -124,9 +124,11 @@ class ChunkStream(Generic[T]):
             size = chunks.nbytes_of(data)
             self._sending_since = time.monotonic()
             while self._outgoing.room < size:
+                # No credit is missed between the look and the wait, since it comes on the same event loop.
                 self._credit_came.clear()
                 await self._credit_came.wait()
             self._outgoing.spend(size)
+            # Only the first chunk of a frame says how long the frame is.
             chunk = Chunk(self._next, total if left == total else 0, data=data)
             self._next += 1
             left -= size
@@ -160,6 +162,7 @@ class ChunkStream(Generic[T]):
             # A small chunk may be the last one of a large frame, whose pieces are joined.
             size = max(len(message), self._assembler.total)
             chunk, frame = await beside_the_loop(size, functools.partial(self._take, message))
+            # The message must not stay in memory while the stream is silent.
             del message
             if chunk.credit:
                 self._add_credit(chunk.credit)

@@ -94,7 +94,12 @@ def matrix_of(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).reshape(rows, width)
 
 
-def array_in(encoded: Encoded, name: str, kind: type[np.generic], *shape: int) -> Tensor:
+def array_in(
+    encoded: Encoded,
+    name: str,
+    kind: type[np.generic],
+    *shape: int,
+) -> Tensor:
     """Returns an array of an encoded tensor.
 
     Args:
@@ -140,7 +145,13 @@ def part_of(encoded: Encoded, prefix: str) -> Encoded:
     return Encoded(arrays, header)
 
 
-def decoded_part(encoded: Encoded, prefix: str, codec: Codec, role: Role, shape: tuple[int, ...]) -> Tensor:
+def decoded_part(
+    encoded: Encoded,
+    prefix: str,
+    codec: Codec,
+    role: Role,
+    shape: tuple[int, ...],
+) -> Tensor:
     """Decodes an encoded tensor that `nested` has put within another one.
 
     Args:

@@ -132,5 +132,6 @@ class Admissions:
 
     def _leave(self, client: object) -> None:
         self._open[client] -= 1
+        # An entry without a stream would count as a client for ever.
         if not self._open[client]:
             del self._open[client]

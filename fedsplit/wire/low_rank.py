@@ -30,7 +30,13 @@ class LowRank(Codec):
         (800, True)
     """
 
-    def __init__(self, rank: int, rest: Codec | None = None, remembers: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self,
+        rank: int,
+        rest: Codec | None = None,
+        remembers: bool = True,
+        seed: int = 0,
+    ) -> None:
         """Starts without factors.
 
         Args:
@@ -63,6 +69,7 @@ class LowRank(Codec):
         right = matrix.T @ left
         sent = {"left": self._rest.encode(left, role), "right": self._rest.encode(right, role)}
         if self._remembers and role.training:
+            # A batch of few rows has a smaller rank. The other columns stay for a full batch.
             next_start = torch.cat([right, start[:, rank:]], 1)
             lost = [matrix - self._product(sent, role)] if role.kind == "gradient" else []
             self._memory.set_after(role, torch.cat([next_start.T, *lost]))
@@ -109,5 +116,6 @@ class LowRank(Codec):
 
     def _first_factor(self, role: Role, width: int) -> Tensor:
         """Returns a random factor (D, r)."""
+        # From the seed and the place alone: a round that is repeated begins with the same factor.
         seed = derive_seed(self._seed, "codec", role.kind, role.direction, role.client)
         return torch.randn(width, self._rank, generator=torch.Generator().manual_seed(seed))

@@ -198,6 +198,7 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 The checks compare `type(value)`: `isinstance` would accept True as a number, and a subclass with harmful methods.
 """
 
+# Types of fields are texts, as this module's annotations are not evaluated.
 _KEY_CHECKS = [(field.name, *_CHECKS[str(field.type)]) for field in fields(StepKey)]
 
 

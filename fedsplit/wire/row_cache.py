@@ -95,6 +95,7 @@ class RowCache:
 
     def _after(self, sender: _Sender) -> Rows:
         """Returns the rows after the present batch, within the budget."""
+        # In the order of their numbers: micro-batches may come in another order on the other side.
         newest = {example: sender.now[example][1] for example in sorted(sender.now)}
         rows = {example: values for example, values in sender.before.items() if example not in newest}
         rows |= newest
@@ -118,7 +119,9 @@ class RowCache:
         """Replaces all rows by an earlier result of `states`."""
         self._senders = {}
         for client, by_name in states.items():
-            for (kind, direction, _, example), values in sorted(_split_names(by_name), key=lambda item: item[0][2]):
+            # In the order of use, which decides which rows leave first.
+            in_order = sorted(_split_names(by_name), key=lambda item: item[0][2])
+            for (kind, direction, _, example), values in in_order:
                 sender = self._senders.setdefault((kind, direction, client), _Sender())
                 sender.start = {**sender.start, example: values}
 

@@ -66,7 +66,11 @@ def scale_to(most: float, tensor: Tensor) -> float:
     return math.ldexp(1.0, min(max(exponent, -126), 126))  # the exponents of float32
 
 
-def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = None) -> list[Tensor | None]:
+def gradients(
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    start: Tensor | None = None,
+) -> list[Tensor | None]:
     """Computes gradients as `torch.autograd.grad` does, for a part that computes in float16.
 
     Args:

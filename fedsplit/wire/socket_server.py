@@ -166,7 +166,8 @@ class PacketServer:
         if host:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             from_afar = socket.create_server((host, 0), family=family)  # port 0: the system chooses a free port
-            self.address = replace(self.address, host=host, port=from_afar.getsockname()[1], tls=tls)
+            port = from_afar.getsockname()[1]
+            self.address = replace(self.address, host=host, port=port, tls=tls)
             listeners.append(from_afar)
         for listener in listeners:
             listener.listen()

@@ -195,6 +195,7 @@ class PacketClient:
         either = select.poll()
         either.register(self._connection, select.POLLIN | select.POLLOUT)
         while True:
+            # One socket is registered, so that there is one entry.
             ready = either.poll()[0][1]
             is_writable = ready & select.POLLOUT
             is_readable = ready & select.POLLIN

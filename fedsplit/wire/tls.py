@@ -209,7 +209,12 @@ class SecureConnection:
             self._side.hear(self._socket.recv(_CHUNK))
         return count
 
-    def sendmsg(self, pieces: Iterable[memoryview], ancillary: Iterable[object] = (), flags: int = 0) -> int:
+    def sendmsg(
+        self,
+        pieces: Iterable[memoryview],
+        ancillary: Iterable[object] = (),
+        flags: int = 0,
+    ) -> int:
         """Sends the first bytes of some pieces of memory; returns how many.
 
         Raises:
@@ -254,6 +259,7 @@ def why_refused(host: str, port: int, folder: str, seconds: float) -> str:
     try:
         context = _context(Path(folder), is_server=False)
         context.check_hostname = True
+        # A gRPC server may refuse a connection that does not ask for HTTP/2.
         context.set_alpn_protocols(["h2"])
         with socket.create_connection((host, port), seconds) as connection:
             encrypted = context.wrap_socket(connection, server_hostname=host)

@@ -30,7 +30,9 @@ def read_token(path: Path) -> bytes:
     """
     try:
         with open(path, encoding="ascii") as file:
+            # Of the open file, since its name may lead to another file a moment later.
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            # A token is much shorter, and a file that is none may be of any size.
             text = file.read(1024).strip()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
@@ -58,6 +60,7 @@ def own_token(path: Path) -> bytes:
         True
     """
     try:
+        # Written without a look before: of two servers that start at once, one writes, and the other one reads.
         write_secret(path, secrets.token_hex(_BYTES).encode() + b"\n")
     except FileExistsError:
         return read_token(path)

@@ -53,14 +53,17 @@ class TopK(Codec):
         """Encodes a tensor. NaN counts as the largest value."""
         form = form_of(tensor, role)
         matrix = self._with_residual(matrix_of(tensor), role)
-        places = matrix.abs().topk(self._count(form.width), sorted=False).indices.sort().values
+        largest = matrix.abs().topk(self._count(form.width), sorted=False)
+        # Sorted, since a row of bits keeps no order, and the values have to stand in the order of their places.
+        places = largest.indices.sort().values
         values = matrix.gather(1, places).to(form.dtype)
         kept = self._rest.encode(values, role)
         if self._has_residuals(role):
             arrived = _spread(self._rest.decode(kept, role).float(), places, form.width)
             self._residuals.set_after(role, matrix - arrived)
         arrays, facts = nested({"kept": kept})
-        return Encoded({**arrays, "places": _sent(places, form.width)}, {**form.header(), **facts})
+        arrays["places"] = _sent(places, form.width)
+        return Encoded(arrays, {**form.header(), **facts})
 
     def decode(self, encoded: Encoded, role: Role) -> Tensor:
         """Decodes a tensor.
@@ -135,7 +138,8 @@ def _received(encoded: Encoded, rows: int, count: int, width: int) -> Tensor:
             raise MalformedPacket(f"a place lies outside a row of {width} values")
         return places
     packed = array_in(encoded, "places", np.uint8, rows, -(-width // 8))
-    bits = torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=width)).bool()
+    unpacked = np.unpackbits(packed.numpy(), axis=1, count=width)
+    bits = torch.from_numpy(unpacked).bool()
     if not bool((bits.sum(1) == count).all()):
         raise MalformedPacket(f"a row has not {count} places")
     return bits.nonzero()[:, 1].view(rows, count)

@@ -77,6 +77,7 @@ def as_bytes(form: Form, value: Any) -> bytes:
     """
     tensors: list[Tensor] = []
     header = json.dumps(form.write(value, tensors)).encode()
+    # safetensors has names for tensors, and no numbers.
     named = {str(number): tensor for number, tensor in enumerate(tensors)}
     return b"".join([_LENGTH.pack(len(header)), header, tensors_as_bytes(named)])
 
@@ -108,6 +109,7 @@ def _parts_of(data: bytes) -> tuple[Any, list[Tensor]]:
     try:
         (length,) = _LENGTH.unpack_from(data)
         end = _LENGTH.size + length
+        # A slice beyond the end would be shorter, and no error.
         if end > len(data):
             raise ValueError("the header is cut off")
         header = json.loads(data[_LENGTH.size : end])
@@ -238,7 +240,10 @@ def _sequence(kind: Callable[[list[Any]], Any], item: Form) -> Form:
 def _mapping(key: Form, item: Form) -> Form:
     """Returns the form of a mapping: pairs in a list, since keys in JSON are texts only."""
 
-    def write(value: Mapping[Any, Any], tensors: list[Tensor]) -> list[list[Any]]:
+    def write(
+        value: Mapping[Any, Any],
+        tensors: list[Tensor],
+    ) -> list[list[Any]]:
         return [[key.write(name, tensors), item.write(each, tensors)] for name, each in value.items()]
 
     def read(value: Any, tensors: _Tensors, path: str) -> dict[Any, Any]:

@@ -99,6 +99,7 @@ class _Microscaled(Grouped):
         return _powers(array_in(encoded, "scales", np.uint8, count))
 
 
+# The type E8M0 of the MX formats: an exponent with a bias in a byte, whose largest value stands for NaN.
 _BIAS = 127
 _NAN = 255
 
@@ -137,7 +138,9 @@ class MxFloat4(_Microscaled):
 
     def codes(self, units: Tensor, role: Role) -> np.ndarray:
         """Returns half a byte for each value: three bits of the number, and one of the sign."""
-        return packed(_places(units.abs(), self._middles) | (torch.signbit(units).to(torch.uint8) << 3))
+        magnitudes = _places(units.abs(), self._middles)
+        signs = torch.signbit(units).to(torch.uint8) << 3
+        return packed(magnitudes | signs)
 
     def units(self, encoded: Encoded, form: Form) -> Tensor:
         """Returns the numbers of the table, with their signs."""

@@ -76,6 +76,7 @@ class Zstd(Codec):
         arrays = {}
         for name, compressed in encoded.arrays.items():
             arrays[name] = _decompressed(compressed, *_form_in(encoded, name), left)
+            # All arrays of a tensor share one limit.
             left -= arrays[name].nbytes
         header = {name: fact for name, fact in encoded.header.items() if not name.startswith(_FORM)}
         return self._inner.decode(Encoded(arrays, header), role)
@@ -101,7 +102,12 @@ def _form_in(encoded: Encoded, name: str) -> tuple[np.dtype, tuple[int, ...]]:
     return np.dtype(ARRAY_TYPES[form[0]]), tuple(form[1:])
 
 
-def _decompressed(compressed: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], most: int) -> np.ndarray:
+def _decompressed(
+    compressed: np.ndarray,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    most: int,
+) -> np.ndarray:
     """Returns an array from its compressed bytes.
 
     Args:

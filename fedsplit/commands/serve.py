@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,24 +189,21 @@ def serving(
     identities = read_identities(tls) if tls is not None else None
     secret = own_token(token)
     trunk = load_trunk(config)
-    try:
-        server = GrpcServer(
-            trunk.serve,
-            trunk.control,
-            host=host,
-            port=port,
-            identities=identities,
-            token=secret,
-            limits=checked_limits,
-        )
+    with closing(trunk):
         try:
+            server = GrpcServer(
+                trunk.serve,
+                trunk.control,
+                host=host,
+                port=port,
+                identities=identities,
+                token=secret,
+                limits=checked_limits,
+            )
+        except OSError as error:
+            raise InputError(f"port: {error}") from error
+        with closing(server):
             yield server
-        finally:
-            server.close()
-    except OSError as error:
-        raise InputError(f"port: {error}") from error
-    finally:
-        trunk.close()
 
 
 def main(

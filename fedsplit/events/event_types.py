@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
 
 Phase = Literal["loading", "training", "evaluating"]
+"""Steps of a run in which the server waits for its clients."""
 
 Cause = Literal["unavailable", "late", "surplus"]
 """Reason why a client does not count in a round on the run's network."""
-"""Steps of a run in which the server waits for its clients."""
 
 
 def reported(

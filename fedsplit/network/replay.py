@@ -209,12 +209,13 @@ class _ClientRun:
         yield from self._carry_alone(self._downlink, phase.bytes_down, "wire_down")
         training = [one for one in phase.crossings if one.kind in ("forward", "backward", "coefficient")]
         keys = {(one.step, one.batch, one.micro) for one in training}
-        # References beside a training step belong to it; all others belong to held-out text.
-        references = {
-            (one.step, one.batch, one.micro): one
-            for one in phase.crossings
-            if one.kind == "reference" and (one.step, one.batch, one.micro) in keys
-        }
+        # References beside a training step belong to it; all others belong to held-out text. Held-out batches are
+        # numbered like steps, and are measured after the steps: the first reference of a key is that of the step.
+        references: dict[tuple[int, int, int], Crossing] = {}
+        for one in phase.crossings:
+            key = (one.step, one.batch, one.micro)
+            if one.kind == "reference" and key in keys:
+                references.setdefault(key, one)
         for _, group in groupby(training, key=lambda one: (one.step, one.batch)):
             yield from self._batch(list(group), references)
         self._trunk.leave(client)

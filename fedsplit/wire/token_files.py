@@ -36,8 +36,10 @@ def read_token(path: Path) -> bytes:
             text = file.read(1024).strip()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError:
+    except UnicodeDecodeError:
         text = ""
+    except ValueError as error:  # a path that no system has, such as one with a null character
+        raise InputError(f"{str(path)!r}: {error}") from error
     if mode & 0o077:
         raise InputError(f"{path}: others than the owner can read the token; chmod 600 closes the file")
     if not re.fullmatch(rf"[0-9a-f]{{{2 * _BYTES}}}", text):
@@ -66,4 +68,6 @@ def own_token(path: Path) -> bytes:
         return read_token(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError:
+        pass  # a path that no system has, as `read_token` says
     return read_token(path)

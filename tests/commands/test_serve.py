@@ -14,7 +14,7 @@ import pytest
 from served_trunks import Served, simulate
 from watched_runs import WatchedRun, adapters
 
-from fedsplit.commands.serve import LIMITS, load_config, main
+from fedsplit.commands.serve import LIMITS, load_config, main, serving
 from fedsplit.settings.config import Config
 from fedsplit.wire.certificate_set import write_set
 from fedsplit.wire.limits import Limits
@@ -259,6 +259,12 @@ def test_the_command_says_when_it_is_ready_and_closes_the_trunk(
     assert line.endswith(": model sotu-gpt2, blocks 1:5, no encryption, token in mine.token\n")
     assert [trunk.is_closed for trunk in trunks] == [True]
     assert stat.S_IMODE(Path("mine.token").stat().st_mode) == 0o600
+
+
+def test_an_error_of_the_system_after_the_start_is_not_one_of_the_port(config: Path, tmp_path: Path) -> None:
+    opened = serving(load_config(config), "127.0.0.1", 0, None, tmp_path / "run.token", {})
+    with pytest.raises(BrokenPipeError), opened:
+        raise BrokenPipeError(32, "the reader has gone")
 
 
 def test_a_port_that_is_taken_is_told_in_a_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import simpy
@@ -76,6 +77,17 @@ def test_loss_shrinks_the_bandwidth_and_costs_round_trips() -> None:
     lossy = Profile(uplink_mbps=8, downlink_mbps=8, rtt_ms=200, loss=0.2)
     found = played({0: ClientPhase(0, MEGABYTE)}, lossy)
     assert found.arrivals[0] == pytest.approx((0.1 + 0.05) + (1.25 + 0.1 + 0.05))
+
+
+def test_a_reference_of_held_out_text_is_not_taken_for_that_of_a_step() -> None:
+    """Held-out batches are numbered like steps. Both references take the client's line, each with its own size."""
+    reference = Crossing(1, 0, 0, 0, 0, 0, kind="reference", up=MEGABYTE, down=MEGABYTE, rows=1, length=1)
+    held_out = replace(reference, up=5 * MEGABYTE, down=0)
+    instant = RecordedCompute(dict.fromkeys(TASKS, 0.0))
+    line = Profile(uplink_mbps=8, downlink_mbps=8, rtt_ms=0)
+    without_held_out = played({0: ClientPhase(0, 0, [reference, *step(0)])}, line, compute=instant)
+    whole = played({0: ClientPhase(0, 0, [reference, *step(0), held_out])}, line, compute=instant)
+    assert whole.arrivals[0] - without_held_out.arrivals[0] == pytest.approx(5.0)
 
 
 def test_two_clients_share_the_trunks_link() -> None:

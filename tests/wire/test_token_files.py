@@ -45,3 +45,10 @@ def test_a_missing_folder_is_told_in_a_line(use: object, tmp_path: Path) -> None
     assert callable(use)
     with pytest.raises(InputError, match=r"no/token: No such file or directory"):
         use(tmp_path / "no" / "token")
+
+
+@pytest.mark.parametrize("use", [read_token, own_token])
+def test_a_path_that_no_system_has_is_told_in_a_line(use: object) -> None:
+    assert callable(use)
+    with pytest.raises(InputError, match="embedded null"):
+        use(Path("a\0b"))

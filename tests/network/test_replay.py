@@ -80,14 +80,14 @@ def test_loss_shrinks_the_bandwidth_and_costs_round_trips() -> None:
 
 
 def test_a_reference_of_held_out_text_is_not_taken_for_that_of_a_step() -> None:
-    """Held-out batches are numbered like steps. Both references take the client's line, each with its own size."""
+    """Held-out batches are numbered like steps. Behind the steps nothing else is on the line: 3 MB take 3 s more."""
     reference = Crossing(1, 0, 0, 0, 0, 0, kind="reference", up=MEGABYTE, down=MEGABYTE, rows=1, length=1)
-    held_out = replace(reference, up=5 * MEGABYTE, down=0)
+    held_out = replace(reference, up=0, down=3 * MEGABYTE)
     instant = RecordedCompute(dict.fromkeys(TASKS, 0.0))
     line = Profile(uplink_mbps=8, downlink_mbps=8, rtt_ms=0)
     without_held_out = played({0: ClientPhase(0, 0, [reference, *step(0)])}, line, compute=instant)
     whole = played({0: ClientPhase(0, 0, [reference, *step(0), held_out])}, line, compute=instant)
-    assert whole.arrivals[0] - without_held_out.arrivals[0] == pytest.approx(5.0)
+    assert whole.arrivals[0] - without_held_out.arrivals[0] == pytest.approx(3.0)
 
 
 def test_two_clients_share_the_trunks_link() -> None:

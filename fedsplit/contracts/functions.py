@@ -71,6 +71,7 @@ def batch_of(further: frozenset[str]) -> Batch:
     labels = torch.randint(VOCABULARY, (ROWS, POSITIONS), generator=generator)
     labels[:, 0] = IGNORED  # like a prompt
     labels[1, 4:] = IGNORED  # like padding
+    # Different numbers in both halves: otherwise a mean over labels and a mean over sequences would be equal.
     labels[2, 5:] = IGNORED
     labels[3, 3:] = IGNORED
     return Batch(logits, labels, invented(further, logits, labels, generator))

@@ -101,6 +101,7 @@ def _globals() -> dict[str, object]:
     """Returns the random states and the settings that code may change for all other code, by name."""
     numpy_state = np.random.get_state(legacy=False)
     return {
+        # As a list, since `==` compares two tensors value by value.
         "torch's random state": torch.get_rng_state().tolist(),
         "Python's random state": random.getstate(),
         "NumPy's random state": str(numpy_state["state"]["key"].tolist()) + str(numpy_state["state"]["pos"]),

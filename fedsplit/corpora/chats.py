@@ -225,6 +225,7 @@ def _first_prompt(tokenizer: TextTokenizer, chat: Chat) -> str:
 def _head(tokenizer: TextTokenizer, chat: Chat) -> str:
     """Returns the text before the words of a chat's last message."""
     last = chat[-1]
+    # All texts and not the content alone: a template may write another one first, such as the reasoning.
     texts_of_message = [key for key, value in last.items() if key != "role" and isinstance(value, str)]
     rendered = []
     for words in ("A", "B"):  # the text before the words is common to both
@@ -295,6 +296,8 @@ def _labelled(tokenizer: TextTokenizer, text: str, spans: Sequence[Span]) -> tup
     """
     if not is_text(text):
         raise _UnclearError("a chat in whole characters (it has half of one, which UTF-8 cannot write)")
+    # A set, since a span may begin where another one ends, or where the text begins: a piece without text has no
+    # tokens.
     places = {0, len(text)}
     for start, end in spans:
         places |= {start, end}
@@ -302,6 +305,7 @@ def _labelled(tokenizer: TextTokenizer, text: str, spans: Sequence[Span]) -> tup
     pieces = _pieces(tokenizer, text, bounds)
     ids: list[int] = []
     labels: list[int] = []
+    # There is one bound more than there are pieces: the end of the text.
     for tokens, start in zip(pieces, bounds, strict=False):
         is_predicted = any(low <= start < high for low, high in spans)
         ids += tokens

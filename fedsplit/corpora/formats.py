@@ -161,6 +161,7 @@ def _keys(table: Table, reading: Reading) -> Sequence[str]:
     """
     column = reading.column or reading.data.owner
     default = DataSettings().owner
+    # Only the default column may be missing. A column that the settings name must be there.
     if not reading.column and column == default and column not in table.columns:
         return [table.name] * len(table)
 
@@ -293,6 +294,7 @@ def _preference(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
     prompts = _complete_column(table, "data.prompt", data.prompt)
     answers = [_complete_column(table, f"data.{name}", getattr(data, name)) for name in ("chosen", "rejected")]
     both = [_continued(prompts, completions, reading, tokenizer) for completions in answers]
+    # Chosen and rejected texts in turn, as objectives over pairs expect them.
     return [sequence for pair in zip(*both, strict=True) for sequence in pair]
 
 

@@ -310,6 +310,7 @@ def _files_read_here(builder: DatasetBuilder) -> dict[str, list[Path]]:
     files = {}
     for split, paths in splits.items():
         files[str(split)] = [Path(str(path)) for path in paths]
+    # The configuration that the library would make for the same files if no README.md set an option.
     plain_config = type(config)(
         name=config.name,
         version=config.version,

@@ -47,6 +47,7 @@ class AdapterCodec:
         """
         self._up = make_codec(text, seed)
         self._down = make_codec(values_chain(text), seed)
+        # Sorted, so that client and server give a tensor the same place.
         self._places = {name: place for place, name in enumerate(sorted(names))}
 
     def encode_values(self, tensors: Mapping[str, Tensor], client: int, round: int) -> dict[str, Tensor]:
@@ -94,6 +95,8 @@ class AdapterCodec:
                 raise MalformedPacket(f"a change of {name[:80]}, which the client was not given")
             role = self._role(name, "up", client, round, given[name].numel())
             change = self._up.decode(from_blob(blob), role)
+            # The blob comes from a client and brings its own shape and type. Without this check, the sum below would
+            # broadcast a smaller tensor, or turn the adapter into a wider type.
             if change.shape != given[name].shape or change.dtype != given[name].dtype:
                 raise MalformedPacket(f"a change of {name[:80]} of another shape or type")
             tensors[name] = given[name] + change

@@ -197,6 +197,7 @@ def _in_types_of(given: Adapters, adapters: Adapters) -> Adapters:
 
 def sampled(config: Config, round: int) -> list[int]:
     """Returns the clients that are asked to train in a round. They depend on the seed only."""
+    # Another generator than Python's common one, from which user code may draw.
     generator = random.Random(derive_seed(config.seed, "sample", round))
     return sorted(generator.sample(range(config.clients), config.asked))
 

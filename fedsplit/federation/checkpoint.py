@@ -187,6 +187,7 @@ class RunFolder:
     def _go_on(self) -> None:
         """Finds the checkpoint to go on from, and removes leftovers of a killed run."""
         with writing(self.path):
+            # First, so that a checkpoint whose replacement was cut short has its name again when it is looked for.
             tidy(self.path)
             search = find_checkpoint(self.path, self._config.keep_best)
             self._resumed = search.newest
@@ -212,6 +213,7 @@ class RunFolder:
         facts = self._resumed.facts
         folder = self._resumed.folder
         metrics = self.path / "metrics.jsonl"
+        # Without a line that a kill has cut off.
         events = [line for line in metrics.read_bytes().splitlines(keepends=True) if is_event(line)]
         kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
         write_text(metrics, "".join(kept))
@@ -233,6 +235,7 @@ class RunFolder:
         accepted = [kept.accepted for kept in self._kept.values()]
         if self._unwritten is not None:
             accepted.append(_kept_of(self._unwritten.snapshot.facts).accepted)
+        # Without 0, which stands for no accepted update, and so for no state.
         return tuple(sorted({rounds[client] for rounds in accepted if client in rounds} - {0}))
 
     def save_round(
@@ -252,8 +255,11 @@ class RunFolder:
         """
         this = _Unwritten(snapshot, adapters, personal or {})
         best = snapshot.facts.get("course", {}).get("best")
+        # The best round comes first: under `keep_best` no run can go on from this checkpoint without that of the best
+        # round.
         if self._unwritten is not None and self._unwritten.snapshot.round == best != snapshot.round:
             self._write(self._unwritten)
+        # Before the write, so that a round that the disk does not take is still in memory.
         self._unwritten = this if self._config.keep_best and best == snapshot.round else None
         self._write(this)
         self._unwritten = None
@@ -276,6 +282,7 @@ class RunFolder:
             write_tensors(folder / _TENSORS, pack(snapshot.groups))
             facts = {**snapshot.facts, "round": snapshot.round}
             (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            # Last, since the manifest has the digests of all other files.
             manifest.write(folder, snapshot.round, self._config, self.content, self._elsewhere(snapshot))
 
         metrics = self.path / "metrics.jsonl"
@@ -326,6 +333,7 @@ class RunFolder:
         self._digests = {}  # without digests of files that no later round needs
         found = {}
         for file in sorted(files):
+            # Clients on other machines have no file here.
             if file.exists():
                 found[str(file.absolute().relative_to(root))] = self._digest(file, known)
         return found

@@ -305,6 +305,7 @@ def _introduce(visit: _Visit, request: Introduce) -> Reply:
         "top": lora.count(site.top, elsewhere=[site.bottom]),  # a tied head counts once, at the bottom
     }
     if not SCHEDULES[site.config.trunk.schedule].returns_gradient:
+        # Without a gradient from the trunk, nothing trains the bottom.
         parameters["bottom"]["trainable"] = 0
     start: dict[str, Adapters] = {}
     if client.number == 0 or request.wants_start:
@@ -356,11 +357,13 @@ def _train(visit: _Visit, request: Train, around: Around | None = None) -> Reply
     if not trained:
         raise NotTrained("the client's mods have sent a reply without training")
 
+    # A mod may train more than once. The last training counts.
     update = trained[-1].update
     codec = trained[-1].codec
     untrained = rule.untrained(given, task)
     control = moved(kept.control, update.control) if task.control is not None else {}
     if adapter_codec is not None:
+        # From the reply and not from the update: mods may have changed the tensors.
         changed = {name: reply.tensors[messages.ADAPTERS][name] for name in returned}
         encoded = adapter_codec.encode_changes(changed, given, client.number, request.round)
         reply = messages.with_adapters(reply, encoded)

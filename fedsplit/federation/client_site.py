@@ -120,6 +120,7 @@ class Site:
             largest = max(int(shard.train.ids.max()), int(shard.held_out.ids.max()))
             check_largest(config_folder(config.model), config.model, largest)
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Last: a file that is there says that the checks above have passed.
             write_shard(root, self.client, shard)
         threads = config.threads or request.briefing.threads
         run = json.dumps(as_document(config))

@@ -47,6 +47,7 @@ def measured(config: Config, repetitions: int = REPETITIONS) -> dict[str, Any]:
 
     for _ in range(repetitions + 1):
         hidden = timed("bottom-forward", bottom, ids)
+        # Detached at each cut, as between processes, so that the backward of each part is timed alone.
         below = hidden.detach().requires_grad_()
         middle = timed("trunk-forward", trunk, below)
         above = middle.detach().requires_grad_()

@@ -140,6 +140,7 @@ def clients_that_measure(config: Config) -> list[int]:
     if config.eval.fraction == 1:
         return list(everyone)
     count = max(1, round(config.eval.fraction * config.clients))
+    # Without the round in the seed: the same clients in every round.
     generator = random.Random(derive_seed(config.seed, "evaluation"))
     return sorted(generator.sample(everyone, count))
 

@@ -212,6 +212,7 @@ class Federation:
             introductions[introduction.client] = introduction
         absent = parties.absent(range(count))
         self._trunk.status()  # raises the error of a lost trunk, which explains the failures of the clients
+        # In the order of the clients, so that the choice of the first one does not depend on the order of arrival.
         present = [introduction for client, introduction in sorted(introductions.items()) if client not in absent]
         if not present:
             raise FederationFailed(f"no client could introduce itself: {next(iter(absent.values()))}")
@@ -222,6 +223,7 @@ class Federation:
         if self._job.workloads is None:
             sizes = {introduction.client: introduction.data for introduction in present}
             nothing = DataSize()
+            # In place, since the parties of this meeting hold the same list.
             self._workloads[:] = workloads(self._config, [sizes.get(client, nothing) for client in range(count)])
 
         trunk = self._trunk.read()

@@ -49,6 +49,7 @@ class _OrderedGrid:
         self._looked = time.monotonic()
         self._looks += 1
         # A strategy that wants more nodes looks again and again. No node will come: the number of clients is fixed.
+        # The time before the first look is no pause: the strategy may have computed.
         has_paused = self._looked - before > _PAUSE_SECONDS
         if self._looks > 1 and has_paused:
             self._waits += 1

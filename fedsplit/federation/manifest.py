@@ -247,6 +247,7 @@ def check_whole(folder: Path, round: int) -> Manifest:
     manifest = read(folder)
     if manifest.round != round:
         raise Damaged(f"it is that of round {manifest.round}")
+    # First, since a missing file is found without reading the others.
     for name in sorted(manifest.files):
         if not (folder / name).is_file():
             raise Damaged(f"{name} is not there")

@@ -115,6 +115,7 @@ class ModChain:
             return Message(content, reply_to=message)
 
         call: Callable[[Message, Context], Message] = innermost
+        # From the innermost to the outermost: each mod calls the function that has been made before it.
         for mod in reversed(self._mods):
             call = partial(_called, mod, call)
         settings = _Settings({**request.task.settings, records.ROUND: request.round})

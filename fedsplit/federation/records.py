@@ -226,6 +226,7 @@ def to_answer(message: Message, client: int) -> Answer:
         client: Number of the client at that node.
     """
     if message.has_error():  # from the engine, not from the client: the kind can be believed
+        # Both mean that the process is gone. An error of the client's own code comes as a failure in the content.
         is_lost = message.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
         return Failure(client, CLIENT_LOST if is_lost else "", message.error.reason or "")
     content = message.content

@@ -148,6 +148,7 @@ def _trained_tensors(reply: Reply, given: Adapters, trained: Collection[str], se
     Raises:
         RefusedUpdate: A name, a shape, a type or the size of the change is not possible.
     """
+    # Only trained tensors: `check_fits` refuses every further name.
     expected = given.with_tensors(select(given.tensors, trained))
     tensors = _sent_tensors(reply, ADAPTERS, sender)
     # Names and shapes first: the checks that follow look tensors up by name, and subtract them.

@@ -162,6 +162,8 @@ class _Collection:
         reason = "no client sent anything that can be used"
         for group in self._groups:
             if self._alternates:
+                # From here on, the trunk refuses steps of all clients outside of the group, such as a late client of
+                # the group before.
                 parties.trunk.begin(group)
             try:
                 parties.ask(
@@ -205,6 +207,7 @@ class _Collection:
         """Leaves out a client that has sent an update."""
         self._parties.trunk.leave(client)
         _, update = self._used.pop(client)
+        # The tokens of the round are those of the updates that count.
         self._tokens -= update.tokens
 
     def _leave_out_misfits(self, copies: Mapping[int, Copy]) -> None:

@@ -58,6 +58,7 @@ class VirtualTime:
         missing = {}
         for client in clients:
             availability = self.field.profiles[client].availability
+            # A seed has 63 bits, so that the quotient is below 1, and a client with availability 1 is never missing.
             drawn = derive_seed(self._config.seed, "availability", client, round) / 2**63
             if drawn >= availability:
                 missing[client] = f"it is not available (availability {plain_number(availability)})"
@@ -112,6 +113,7 @@ class VirtualTime:
         config = self._config
         if config.network.over_select <= 1:
             return {}
+        # The number of the client decides between equal arrivals.
         order = sorted(arrivals, key=lambda client: (arrivals[client], client))
         enough = counted(config.sampled, "update is", "updates are") + " needed"
         surplus = {}
@@ -313,6 +315,7 @@ def operations_of(config: Config) -> Operations:
         if kind not in parts:
             parts[kind] = outlined(config, kind)  # type: ignore[arg-type]  # the name of a part
         part = parts[kind]
+        # A length at the cut includes the virtual tokens, which `flops_of` adds by itself.
         return flops_of(part, rows, max(1, length - part.virtual))
 
     def operations(task: Task, rows: int, length: int) -> float:

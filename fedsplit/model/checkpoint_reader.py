@@ -74,8 +74,11 @@ class CheckpointReader:
         self._files = find_tensors(path)
         self.bits = bits_in(quantization_of(path))
         self._statistics = statistics_of(self._files) if self.bits else {}
+        # Statistics and scales are read with the weight that they belong to. As parameters the model does not know
+        # them.
         names = without_statistics(self._files, self._statistics)
         self._sources = sources_of(model, [name for name in names if not name.endswith(SCALE)])
+        # bitsandbytes stores every weight as (out, in), and a `Conv1D` has (in, out).
         turned = {f"{layer}.weight" for layer in transposed_layers(model)}
         self._turned = {stored for name in turned & self._sources.keys() for stored in self._sources[name].names}
         self._parameters: dict[str, nn.Parameter] = {}
@@ -180,6 +183,8 @@ class CheckpointReader:
             yield slice(0, len(values)), values
             return
         length, *row_shape = self._shape(name)
+        # At 4 bytes for a value, the size in float32. A row without values counts as 1 byte, so that the division
+        # works.
         row_bytes = max(1, 4 * torch.Size(row_shape).numel())
         rows = max(1, _AT_ONCE // row_bytes)
         first, last, _ = piece[0].indices(length)
@@ -220,6 +225,8 @@ class CheckpointReader:
             device: Device of a parameter that is read for the first time; None for the reader's device.
         """
         source = self._find(name)
+        # By the name in the files, which two tied parameters have in common: the second finds the tensor of the
+        # first.
         key = source.names[0] if source.is_plain else name
         if key not in self._parameters:
             tensor = self._mapped(key) if source.is_plain else None
@@ -317,6 +324,7 @@ class CheckpointReader:
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drops parameters from memory. Otherwise the reader keeps each parameter, for a second part with a tie."""
+        # By identity, since `==` would compare the values of two tensors.
         dropped = {id(parameter) for parameter in parameters}
         for key, value in list(self._parameters.items()):
             if id(value) in dropped:
@@ -349,6 +357,7 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
         if checkpoint.bits and not checkpoint.is_quantised:
             raise ValueError(f"config.json says that its weights are in {checkpoint.bits} bits, and none is")
         shapes = {}
+        # Tied parameters are listed under both names: the files may have both, and either may have a wrong shape.
         for name, parameter in model.named_parameters(remove_duplicate=False):
             is_new_head = classes > 0 and name.partition(".")[0] == SCORE
             if not is_new_head:

@@ -153,6 +153,7 @@ def derive(config: PretrainedConfig) -> Family:
         words = "no cut will do: each of its blocks reads an embedding of the tokens, which the trunk must not see"
         raise Underivable(words)
     small = miniature(config)
+    # The miniature draws random weights. Outside of this context, the generator of the process goes on as before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build(small)
@@ -200,6 +201,7 @@ def build(small: PretrainedConfig) -> PreTrainedModel:
         Underivable: The library cannot build the model, or it is not small.
     """
     try:
+        # First in outline, since a miniature that turns out large must not fill the memory.
         with torch.device("meta"):
             size = AutoModelForCausalLM.from_config(small).num_parameters()
         if size > _LARGEST:
@@ -247,6 +249,8 @@ class _Names:
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 lists.append(name)
+        # A block may have a list of the same length, such as its experts. A list inside another list is not the list
+        # of blocks.
         outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
         if not outermost:
             raise Underivable(f"it has no list of {depth} blocks")
@@ -360,4 +364,5 @@ def _has_plain_head(model: PreTrainedModel, names: _Names, cap: float | None) ->
     head = model.get_output_embeddings()
     with torch.no_grad():
         logits = LibraryHead(model, names.decoder, names.head)(states, head)
+        # Equal to the bit: both ways make the same product, so any difference comes from a further operation.
         return torch.equal(logits, capped(head(states), cap))

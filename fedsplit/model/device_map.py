@@ -44,6 +44,7 @@ def plan(part: Part, devices: Sequence[torch.device]) -> list[torch.device]:
     by_block = []
     used = dict.fromkeys(devices, 0)
     for block, size in enumerate(sizes):
+        # A block that lies across the border of two shares goes to the device that has the larger piece of the block.
         middle = sum(sizes[:block]) + size / 2
         device = next(device for device, end in zip(devices, ends, strict=True) if middle <= end)
         by_block.append(device)

@@ -167,6 +167,7 @@ def _check_depth(path: Path) -> None:
         return  # the library says what is wrong
     if not isinstance(document, dict):
         return
+    # The number may stand in a nested configuration, such as the text model of a model of images.
     parts = [document, *(part for part in document.values() if isinstance(part, dict))]
     for blocks in (part.get(key) for part in parts for key in DEPTHS):
         if _is_whole(blocks) and blocks > _MOST_BLOCKS:
@@ -274,6 +275,8 @@ def _count_experts(
     """
     key = identity_of(config)
     if key not in _COUNTED:
+        # The whole model in outline: which blocks have experts is up to the library's code, and the outline takes no
+        # memory.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         blocks = getattr(model.get_submodule(family.decoder), family.blocks)

@@ -263,5 +263,6 @@ def head_flops(part: Part, rows: int, length: int, input_needs_gradient: bool = 
             matrices.append(_Matrix(2.0 * parameter.numel(), parameter.requires_grad))
     # The fused loss leaves out the last position, which predicts nothing.
     is_fused = part.fused and part.family.plain_head and not is_classifier
+    # With virtual tokens before the text, the last virtual token predicts the first token of the text.
     predicted = length - 1 + min(part.virtual, 1) if is_fused else length + part.virtual
     return _of_projection(matrices, input_needs_gradient).times(rows * predicted)

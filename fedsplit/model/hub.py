@@ -109,6 +109,7 @@ def config_folder(name: HubName) -> Path:
         SettingError: The files cannot be fetched, or the repository has no config.json, or has an adapter.
     """
     try:
+        # First the cache alone: files of a cached commit are used even if the branch has moved on.
         cached = snapshot_download(
             name.repository, revision=name.revision, allow_patterns=list(_SMALL), local_files_only=True
         )
@@ -147,6 +148,7 @@ def fetch_weights(
         return
     if not (folder / INDEX).exists():
         tell(f"fetching the weights of {name}")
+        # By the commit, which gives the folder its name: the weights must belong to the configuration that was read.
         _download(name, folder.name, (INDEX, WEIGHTS))
         if (folder / WEIGHTS).exists():
             return

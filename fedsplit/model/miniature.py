@@ -229,6 +229,7 @@ def _small(key: str, value: Any, document: Mapping[str, Any], depth: int, kept: 
         return value
     if key in _KEY_HEADS:
         heads = document.get("num_attention_heads", document.get("n_head", value))
+        # The kind of attention is kept: keys for each head, keys for all heads together, or keys for groups of heads.
         return {heads: _HEADS, 1: 1}.get(value, 2)
     if "intermediate" in key or key in _MIDDLES:
         return _MIDDLE_WIDTH
@@ -280,9 +281,11 @@ def _small_rotary(value: Any, share: float) -> Any:
     small = {key: _small_rotary(one, share) for key, one in copy.deepcopy(value).items()}
     pairs = int(_HEAD_WIDTH * small.get("partial_rotary_factor", share)) // 2
     for key in ("short_factor", "long_factor"):
+        # The library wants one factor for each rotated pair of a head.
         if isinstance(small.get(key), list) and small[key]:
             small[key] = (small[key] * pairs)[:pairs]
     if small.get("mrope_section"):
+        # Together the 8 pairs of a head that is `_HEAD_WIDTH` wide.
         small["mrope_section"] = [2, 3, 3]
     return small
 

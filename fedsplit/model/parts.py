@@ -98,6 +98,8 @@ class Part(nn.Module):
             for name in family.positions:
                 setattr(decoder, name, NoPositions())
             for name in family.before:
+                # A norm that serves at both ends stays in the top, for the end. What the norm makes of the top's
+                # input does not count, since `enter` replaces the input of the first block.
                 if kind == "trunk" or name not in family.after:
                     setattr(decoder, name, Passing(dtype))
             if part_blocks:

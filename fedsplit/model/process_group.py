@@ -85,6 +85,8 @@ class ProcessGroup:
         store = _dist.FileStore(str(file), shard.size)
         store.set_timeout(within)
         gloo = _dist.ProcessGroupGloo.create_device(hostname=_LOOPBACK)
+        # A group of its own for messages, since the timeout belongs to a group: a process waits for its next message
+        # as long as the run pauses, and for a sum only as long as the others need to compute.
         self._messages = _gloo(store, "messages", shard, gloo, _IDLE)
         if device.type == "cuda":
             options = _dist.ProcessGroupNCCL.Options()
@@ -95,6 +97,7 @@ class ProcessGroup:
 
     def summed(self, tensor: Tensor) -> Tensor:
         """Returns the sum of all processes' tensors."""
+        # A copy, since the sum is written over the tensor of each process.
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._sums.allreduce([total]).wait()
         return total
@@ -110,6 +113,7 @@ class ProcessGroup:
         """Sends a message from the first process to all others."""
         described = [None if tensor is None else [str(tensor.dtype), list(tensor.shape)] for tensor in tensors]
         encoded = json.dumps({"fields": fields, "tensors": described}).encode()
+        # The length goes first, since a receiver must have memory of the right size before a broadcast.
         self._messages.broadcast([torch.tensor([len(encoded)])]).wait()
         self._messages.broadcast([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)]).wait()
         for tensor in tensors:

@@ -124,6 +124,7 @@ def _empty_projection(module: nn.Module, bits: int, dtype: torch.dtype, kind: st
     sizes = cast(Tensor, module.weight).shape
     rows, columns = reversed(sizes) if transposed else sizes
     biased = module.bias is not None
+    # Without memory for weights that the callers replace.
     with torch.device("meta"):
         if bits == 4:
             projection = library.nn.Linear4bit(columns, rows, biased, compute_dtype=dtype, quant_type=kind)

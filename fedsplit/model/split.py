@@ -52,6 +52,7 @@ def _restore_buffers(part: Part, checkpoint: CheckpointReader, places: Callable[
             if name in module._non_persistent_buffers_set:
                 values = torch.empty_like(old, device=device)
                 if old.is_floating_point():
+                    # NaN marks values that the library does not set below, so that a missing rule is noticed at once.
                     values.fill_(math.nan)
                 setattr(module, name, nn.Buffer(values, persistent=False))
                 empty.append((module, name))
@@ -203,6 +204,7 @@ def _fill(
 
     For the arguments see `_loaded`.
     """
+    # A list, since the loop replaces modules of the part.
     for module_name, module in list(part.named_modules()):
         if module_name in filled:
             continue
@@ -221,6 +223,7 @@ def _fill(
             part.set_submodule(module_name, restore(module, packed, dtype, place))
         elif bits and is_projection and not checkpoint.bits:
             part.set_submodule(module_name, quantize(module, bits, dtype, place))
+            # The weight that has been quantised is freed at once, so that a part never is in memory in both forms.
             checkpoint.forget(module.parameters())
             module.weight = None
 

@@ -156,6 +156,7 @@ def sources_of(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Sourc
             sources[target] = Source(None, target, {"": [name]})
             continue
         converter = rules.converter(pattern)
+        # A rule may make several parameters of the same tensors. Each of them gets a source with all tensors.
         for other in converter.target_patterns:
             sibling = target.replace(converter.target_patterns[0], other)
             source = sources.setdefault(sibling, Source(converter, target))

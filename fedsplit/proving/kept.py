@@ -43,6 +43,7 @@ def proof_of(folder: Path, tell: Callable[[str], object] = lambda line: None, cl
         True
     """
     config = read_config(folder)
+    # Of the miniature and not of the model: models of one type in several sizes share a proof.
     identity = [identity_of(miniature(config)), *map(version, _LIBRARIES), _digest_of_code()]
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     kind = "classifier-" if classifies else ""

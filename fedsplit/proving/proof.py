@@ -175,6 +175,8 @@ def cuts_of(blocks: int, closed: Collection[int] = ()) -> tuple[Cut, ...]:
         ((0, 1), (1, 4), (0, 4))
     """
     places = [place for place in range(blocks + 1) if place not in closed]
+    # Neighbouring places have each place once as LO and once as HI. The further two cuts have all blocks in the
+    # trunk, and a trunk of several blocks between bottom and top.
     cuts = [*itertools.pairwise(places), (0, blocks), (places[1], places[-2])]
     return tuple(dict.fromkeys((low, high) for low, high in cuts if low < high))
 
@@ -195,6 +197,7 @@ def _compare(subject: Subject, cuts: Sequence[Cut]) -> tuple[dict[str, int], dic
             continue
         checks = [*chain.checks(), *(chain.single_checks() if cut == cuts[0] else ())]
         for check, find_difference in checks:
+            # The first difference of a check is the one that is reported.
             if check in faults:
                 continue
             try:

@@ -93,6 +93,7 @@ def fill(folder: Path, adapter: Adapter, repository: str, with_base: bool) -> No
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     card = place / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    # The Hub shows the card at the top of a repository, and none of a folder inside.
     card.unlink(missing_ok=True)
     (folder / CARD).write_text(_with_use(text, adapter, repository, with_base), encoding="utf-8")
 

@@ -167,6 +167,7 @@ class RemoteTrunk(TrunkPort):
             lines = [*self._lines.values(), *([self._operator] if self._operator else [])]
             self._lines.clear()
             self._operator = None
+        # Outside of the guard, since both wait for the server.
         finish()
         for line in lines:
             line.close()

@@ -218,7 +218,11 @@ def options_by_name(kind: Kind, specs: Sequence[str], options: Mapping[str, Any]
 
 
 def make(
-    kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any], setting: str | None = None
+    kind: Kind,
+    spec: str,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    setting: str | None = None,
 ) -> Any:
     """Calls the class that a name stands for, and returns the object. A function is returned as it is.
 
@@ -256,7 +260,12 @@ def make(
         raise SettingError(kind.setting, spec, f"options that it takes ({what})") from error
 
 
-def check_options(kind: Kind, spec: str, options: Mapping[str, Any], setting: str) -> Any:
+def check_options(
+    kind: Kind,
+    spec: str,
+    options: Mapping[str, Any],
+    setting: str,
+) -> Any:
     """Makes sure that a class takes the user's options, without calling the class.
 
     Args:

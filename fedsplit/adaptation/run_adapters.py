@@ -38,7 +38,12 @@ _FILE_FIELDS = frozenset(
 """Fields of PEFT's configurations that do not follow from a run's settings."""
 
 
-def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0, shard: Shard | None = None) -> list[Any]:
+def bare_parts(
+    config: Config,
+    kinds: Sequence[Kind],
+    classes: int = 0,
+    shard: Shard | None = None,
+) -> list[Any]:
     """Loads parts by the settings of a run, without adapters.
 
     Args:

@@ -111,7 +111,12 @@ def _globals() -> dict[str, object]:
     }
 
 
-def require_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], words: str, exact: bool = True) -> None:
+def require_equal(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    words: str,
+    exact: bool = True,
+) -> None:
     """Makes sure that two results are equal.
 
     Args:

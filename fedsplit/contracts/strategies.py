@@ -114,7 +114,13 @@ def adapters_of_trial(head: bool = False) -> Adapters:
 class _Run:
     """A strategy in the middle of a run of a few clients."""
 
-    def __init__(self, make: Make, clients: int = 0, ranks: Sequence[int] = (RANK,), head: bool = False) -> None:
+    def __init__(
+        self,
+        make: Make,
+        clients: int = 0,
+        ranks: Sequence[int] = (RANK,),
+        head: bool = False,
+    ) -> None:
         """Starts a run.
 
         Args:
@@ -162,7 +168,12 @@ class _Run:
         return self
 
 
-def _played(make: Make, clients: int = 0, ranks: Sequence[int] = (RANK,), head: bool = False) -> None:
+def _played(
+    make: Make,
+    clients: int = 0,
+    ranks: Sequence[int] = (RANK,),
+    head: bool = False,
+) -> None:
     """Plays three rounds. `OwnAggregation` refuses what no run could use."""
     _Run(make, clients, ranks, head).play(ROUNDS)
 

@@ -257,7 +257,12 @@ def _without_trailing_space(tokenizer: TextTokenizer, turn: _Turn) -> Span:
     return (start, start + len(words)) if ends_in_token else (start, end)
 
 
-def _marked(tokenizer: TextTokenizer, chat: Chat, turns: Sequence[_Turn], since: int = 0) -> list[Span]:
+def _marked(
+    tokenizer: TextTokenizer,
+    chat: Chat,
+    turns: Sequence[_Turn],
+    since: int = 0,
+) -> list[Span]:
     """Returns the places that the template's generation tags mark in some turns.
 
     Args:

@@ -77,7 +77,12 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
     return names
 
 
-def load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Dataset:
+def load(
+    dataset: str,
+    path: Path,
+    data: DataSettings,
+    cache: str | None = None,
+) -> Dataset:
     """Reads a data set.
 
     Args:

@@ -151,7 +151,12 @@ class Sharder:
 
 
 def reading_of(
-    table: Table, data: DataSettings, model_path: Path, end: int, spec: PartitionSpec, classes: tuple[str, ...] = ()
+    table: Table,
+    data: DataSettings,
+    model_path: Path,
+    end: int,
+    spec: PartitionSpec,
+    classes: tuple[str, ...] = (),
 ) -> Reading:
     """Returns the way to read a table.
 
@@ -347,7 +352,12 @@ def _check_held_out(sharder: Sharder, held_out: Sequence[Sequence[Row]]) -> None
 
 
 def _divided(
-    sharder: Sharder, spec: PartitionSpec, name: str, keys: Sequence[str], clients: int, seed: int
+    sharder: Sharder,
+    spec: PartitionSpec,
+    name: str,
+    keys: Sequence[str],
+    clients: int,
+    seed: int,
 ) -> list[list[int]]:
     """Returns the indices of each client's sequences, after a check that every client gets enough."""
     least = sharder.least

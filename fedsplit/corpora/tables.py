@@ -150,7 +150,13 @@ def _readme_names_files(path: Path) -> bool:
     return _LAYOUT.match(text) is not None
 
 
-def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int = 8) -> Table:
+def read_table(
+    dataset: str,
+    data: DataSettings,
+    *,
+    seed: int = 0,
+    owners: int = 8,
+) -> Table:
     """Reads a data set as a table.
 
     Args:

@@ -65,7 +65,11 @@ class AdapterCodec:
         }
 
     def encode_changes(
-        self, trained: Mapping[str, Tensor], given: Mapping[str, Tensor], client: int, round: int
+        self,
+        trained: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+        client: int,
+        round: int,
     ) -> dict[str, Tensor]:
         """Returns the changes of a client's adapters as blobs, for the server.
 
@@ -82,7 +86,11 @@ class AdapterCodec:
         return sent
 
     def decode_changes(
-        self, sent: Mapping[str, Tensor], given: Mapping[str, Tensor], client: int, round: int
+        self,
+        sent: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+        client: int,
+        round: int,
     ) -> dict[str, Tensor]:
         """Returns a client's adapters from the changes that it sent.
 
@@ -112,7 +120,12 @@ class AdapterCodec:
         self._up.restore({client: own})
 
     def _role(
-        self, name: str, direction: Literal["up", "down"], client: int, round: int, most: int = MOST_VALUES
+        self,
+        name: str,
+        direction: Literal["up", "down"],
+        client: int,
+        round: int,
+        most: int = MOST_VALUES,
     ) -> Role:
         # Each tensor has a stream of its own, by its place among all names. A change is like a gradient: what is lost
         # may be sent later.

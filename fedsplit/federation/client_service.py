@@ -375,7 +375,11 @@ def _train(visit: _Visit, request: Train, around: Around | None = None) -> Reply
 
 
 def _train_locally(
-    visit: _Visit, request: Train, given: Mapping[str, Tensor], kept: ClientState, returned: Sequence[str]
+    visit: _Visit,
+    request: Train,
+    given: Mapping[str, Tensor],
+    kept: ClientState,
+    returned: Sequence[str],
 ) -> _Trained:
     """Trains from adapters, and measures a sample.
 

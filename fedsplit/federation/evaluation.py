@@ -145,7 +145,13 @@ def clients_that_measure(config: Config) -> list[int]:
     return sorted(generator.sample(everyone, count))
 
 
-def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt, sent: PhaseTraffic) -> dict[int, Reply]:
+def _ask(
+    parties: Parties,
+    state: RunState,
+    round: int,
+    attempt: Attempt,
+    sent: PhaseTraffic,
+) -> dict[int, Reply]:
     """Sends the shared adapters to the clients that measure, counts the bytes, and returns the replies by client."""
     ledger = state.ledger
     totals = state.totals

@@ -98,7 +98,11 @@ def code_of(config: Config) -> dict[str, Path]:
 
 
 def content_of(
-    shards: Sequence[Shard], about: Path, weights: Path, start: str = "", code: Mapping[str, Path] | None = None
+    shards: Sequence[Shard],
+    about: Path,
+    weights: Path,
+    start: str = "",
+    code: Mapping[str, Path] | None = None,
 ) -> Content:
     """Returns digests of a run's data, model, initial adapter and code.
 

@@ -129,7 +129,12 @@ class ModChain:
         return answer
 
 
-def _called(mod: Mod, call_next: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:
+def _called(
+    mod: Mod,
+    call_next: Callable[[Message, Context], Message],
+    message: Message,
+    context: Context,
+) -> Message:
     return mod(message, context, call_next)
 
 
@@ -141,7 +146,12 @@ def _with_content(message: Message, content: RecordDict) -> Message:
     return shown
 
 
-def tried(config: Config, request: Train, given: Mapping[str, Tensor], train: TrainFrom) -> Reply:
+def tried(
+    config: Config,
+    request: Train,
+    given: Mapping[str, Tensor],
+    train: TrainFrom,
+) -> Reply:
     """Trains an invented client behind the mods of a run, before the run begins; see `ModChain`.
 
     Raises:

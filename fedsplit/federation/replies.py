@@ -136,7 +136,12 @@ def to_update(
     )
 
 
-def _trained_tensors(reply: Reply, given: Adapters, trained: Collection[str], sender: str) -> Mapping[str, Tensor]:
+def _trained_tensors(
+    reply: Reply,
+    given: Adapters,
+    trained: Collection[str],
+    sender: str,
+) -> Mapping[str, Tensor]:
     """Returns the adapters that a client trained.
 
     Args:
@@ -159,7 +164,12 @@ def _trained_tensors(reply: Reply, given: Adapters, trained: Collection[str], se
     return tensors
 
 
-def _control_change(reply: Reply, given: Adapters, trained: Mapping[str, Tensor], sender: str) -> Mapping[str, Tensor]:
+def _control_change(
+    reply: Reply,
+    given: Adapters,
+    trained: Mapping[str, Tensor],
+    sender: str,
+) -> Mapping[str, Tensor]:
     """Returns the change of a client's control variate, which has a tensor for each trained one.
 
     Raises:
@@ -178,7 +188,12 @@ def _types_of(adapters: Adapters) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in adapters.tensors.items()}
 
 
-def to_score(reply: Reply, sender: str, workload: Workload, metrics: Collection[str] = ()) -> Score:
+def to_score(
+    reply: Reply,
+    sender: str,
+    workload: Workload,
+    metrics: Collection[str] = (),
+) -> Score:
     """Turns a client's reply into its score on its held-out text.
 
     Args:
@@ -355,7 +370,13 @@ class _Report:
             raise RefusedUpdate(f"{self._sender} sent a router-loss, and the model has no routers that are balanced")
         return None
 
-    def count(self, name: str, noun: str = "", least: int = 0, most: int | None = None) -> int:
+    def count(
+        self,
+        name: str,
+        noun: str = "",
+        least: int = 0,
+        most: int | None = None,
+    ) -> int:
         """Returns a whole number.
 
         Args:

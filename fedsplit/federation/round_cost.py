@@ -58,7 +58,13 @@ class Cost:
             self.evaluation[client] = seconds_of(reply)
             self.memory[client] = max(memory_of(reply), self.memory.get(client, 0))
 
-    def event(self, state: RunState, round: int, traffic: Traffic, name: Callable[[int], str]) -> RoundCost:
+    def event(
+        self,
+        state: RunState,
+        round: int,
+        traffic: Traffic,
+        name: Callable[[int], str],
+    ) -> RoundCost:
         """Returns the event that reports the cost.
 
         Args:

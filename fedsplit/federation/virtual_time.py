@@ -69,7 +69,11 @@ class VirtualTime:
         return replay(self.field, phases, round, phase)
 
     def training(
-        self, phases: Mapping[int, ClientPhase], round: int, usable: Collection[int], unavailable: Sequence[int]
+        self,
+        phases: Mapping[int, ClientPhase],
+        round: int,
+        usable: Collection[int],
+        unavailable: Sequence[int],
     ) -> TrainingTime:
         """Returns the training of a round in virtual time.
 
@@ -248,7 +252,11 @@ class VirtualTotals:
 
 
 def round_event(
-    round: int, before: float, names: Sequence[str], training: TrainingTime | None, evaluation: PhaseTime | None
+    round: int,
+    before: float,
+    names: Sequence[str],
+    training: TrainingTime | None,
+    evaluation: PhaseTime | None,
 ) -> RoundReplayed:
     """Returns the event that reports a round in virtual time.
 
@@ -285,7 +293,10 @@ def round_event(
 
 
 def _add_phase(
-    spent: dict[int, ClientTime], phase: Mapping[int, ClientTime], arrivals: Mapping[int, float], end: float
+    spent: dict[int, ClientTime],
+    phase: Mapping[int, ClientTime],
+    arrivals: Mapping[int, float],
+    end: float,
 ) -> None:
     """Adds the time of clients in a phase. From its arrival to the end of the phase, a client waits for the others."""
     for client, time in phase.items():

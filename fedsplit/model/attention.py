@@ -16,7 +16,12 @@ from transformers.masking_utils import sdpa_mask
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes the library's attention; on a CPU always in float32.
 

@@ -235,7 +235,13 @@ class CheckpointReader:
             self._parameters[key] = nn.Parameter(tensor.to(device or self._device), requires_grad=False)
         return self._parameters[key]
 
-    def piece(self, name: str, dimension: int, place: slice, device: torch.device) -> nn.Parameter:
+    def piece(
+        self,
+        name: str,
+        dimension: int,
+        place: slice,
+        device: torch.device,
+    ) -> nn.Parameter:
         """Returns a frozen piece of a parameter. The rest of the parameter is not read.
 
         Args:

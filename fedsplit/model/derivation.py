@@ -320,14 +320,27 @@ class _Trace:
         if self._entered != list(range(len(blocks))):
             raise Underivable(f"its blocks are entered in the order {self._entered}")
 
-    def _enter(self, number: int, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _enter(
+        self,
+        number: int,
+        _block: nn.Module,
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
         """Notes that a block begins to compute."""
         self._entered.append(number)
         hidden = inputs[0] if inputs else options.get("hidden_states")
         if isinstance(hidden, Tensor) and hidden.ndim != 3:
             raise Underivable(f"its blocks pass on hidden states of the shape {tuple(hidden.shape)}")
 
-    def _hear(self, name: str, blocks: int, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _hear(
+        self,
+        name: str,
+        blocks: int,
+        _module: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+    ) -> None:
         """Notes a module that has computed.
 
         Args:

@@ -85,7 +85,12 @@ _Projection = list[_Matrix]
 """The matrices of a projection: its weight, and then those of its adapter."""
 
 
-def flops_of(part: Part, rows: int, length: int, input_needs_gradient: bool | None = None) -> Flops:
+def flops_of(
+    part: Part,
+    rows: int,
+    length: int,
+    input_needs_gradient: bool | None = None,
+) -> Flops:
     """Returns the operations of a part for a batch of a training step. An evaluation takes the forward alone.
 
     The weights may be on any device, also on the meta device: only shapes are read.
@@ -150,7 +155,12 @@ class _Batch:
     has_trained_past: bool
 
 
-def _of_block(block: nn.Module, config: Any, batch: _Batch, needs: bool) -> tuple[Flops, bool]:
+def _of_block(
+    block: nn.Module,
+    config: Any,
+    batch: _Batch,
+    needs: bool,
+) -> tuple[Flops, bool]:
     """Returns the operations of a block, and whether its output needs a gradient.
 
     Args:

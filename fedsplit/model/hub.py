@@ -127,7 +127,10 @@ def config_folder(name: HubName) -> Path:
 
 
 def fetch_weights(
-    name: HubName, folder: Path, wanted: Callable[[str], bool], tell: Callable[[str], object] = lambda line: None
+    name: HubName,
+    folder: Path,
+    wanted: Callable[[str], bool],
+    tell: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Fetches missing weights of a model into the cache folder of a commit.
 

@@ -112,7 +112,12 @@ class _Products:
     """
 
     def __init__(
-        self, rows: Tensor, head: Tensor, low: Tensor | None, up: Tensor | None, wanted: Sequence[bool]
+        self,
+        rows: Tensor,
+        head: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        wanted: Sequence[bool],
     ) -> None:
         """Allocates memory for the gradients.
 

@@ -199,7 +199,13 @@ def _kept_blocks(document: Mapping[str, Any], depth: int, modes: Sequence[str | 
     return sorted(kept)
 
 
-def _small(key: str, value: Any, document: Mapping[str, Any], depth: int, kept: Sequence[int]) -> Any:
+def _small(
+    key: str,
+    value: Any,
+    document: Mapping[str, Any],
+    depth: int,
+    kept: Sequence[int],
+) -> Any:
     """Returns a value of the miniature's configuration.
 
     Args:

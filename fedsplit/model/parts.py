@@ -55,7 +55,13 @@ class Part(nn.Module):
     rank_budget: Any = None  # of a package above this one, whose types are unknown here
 
     def __init__(
-        self, kind: Kind, family: Family, blocks: range, model: PreTrainedModel, fused: bool, dtype: torch.dtype
+        self,
+        kind: Kind,
+        family: Family,
+        blocks: range,
+        model: PreTrainedModel,
+        fused: bool,
+        dtype: torch.dtype,
     ) -> None:
         """Cuts a part out of a model.
 

@@ -144,7 +144,13 @@ class ProcessGroup:
             self._sums.broadcast([flat.view(torch.uint8)]).wait()
 
 
-def _gloo(store: Any, name: str, shard: Shard, device: Any, timeout: timedelta) -> Any:
+def _gloo(
+    store: Any,
+    name: str,
+    shard: Shard,
+    device: Any,
+    timeout: timedelta,
+) -> Any:
     """Returns one of torch's groups, with sockets that are bound to the address of a device of gloo's."""
     options = _dist.ProcessGroupGloo._Options()
     options._devices = [device]

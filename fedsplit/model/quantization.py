@@ -86,7 +86,12 @@ def _try(bits: int, dtype: torch.dtype, device: torch.device) -> None:
     quantize(layer, bits, dtype, device)(x).sum().backward()
 
 
-def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+def quantize(
+    module: nn.Module,
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> nn.Module:
     """Returns a copy of a projection with a quantised weight, as a layer that PEFT can adapt.
 
     Args:
@@ -110,7 +115,12 @@ def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.dev
     return projection
 
 
-def _empty_projection(module: nn.Module, bits: int, dtype: torch.dtype, kind: str) -> Any:
+def _empty_projection(
+    module: nn.Module,
+    bits: int,
+    dtype: torch.dtype,
+    kind: str,
+) -> Any:
     """Returns a quantised projection without values.
 
     Args:
@@ -148,7 +158,12 @@ def _settle(projection: Any) -> None:
         projection.training = True  # and so it stays
 
 
-def restore(module: nn.Module, packed: PackedWeight, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+def restore(
+    module: nn.Module,
+    packed: PackedWeight,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> nn.Module:
     """Returns a projection with a weight that a checkpoint keeps quantised. Nothing is rounded anew.
 
     Args:
@@ -179,7 +194,12 @@ def decoded(packed: PackedWeight) -> Tensor:
     return dequantize(restore(outline, packed, torch.float32))
 
 
-def mark_restored(model: Model, transposed: Collection[str], bits: int, dtype: torch.dtype) -> Model:
+def mark_restored(
+    model: Model,
+    transposed: Collection[str],
+    bits: int,
+    dtype: torch.dtype,
+) -> Model:
     """Makes the projections of a model that transformers has loaded quantised compute as the parts' do.
 
     Args:

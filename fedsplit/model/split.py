@@ -228,7 +228,12 @@ def _fill(
             module.weight = None
 
 
-def _place_of(part: Part, device: torch.device, by_block: Sequence[torch.device], module_name: str) -> torch.device:
+def _place_of(
+    part: Part,
+    device: torch.device,
+    by_block: Sequence[torch.device],
+    module_name: str,
+) -> torch.device:
     """Returns the device of a module: its block's, or the part's if the module is in no block.
 
     Args:
@@ -243,7 +248,12 @@ def _place_of(part: Part, device: torch.device, by_block: Sequence[torch.device]
     return by_block[int(module_name.removeprefix(prefix).partition(".")[0])]
 
 
-def _fill_pieces(part: Part, checkpoint: CheckpointReader, device: torch.device, shard: Shard) -> list[str]:
+def _fill_pieces(
+    part: Part,
+    checkpoint: CheckpointReader,
+    device: torch.device,
+    shard: Shard,
+) -> list[str]:
     """Reads this process's pieces of the projections that several processes share, and returns their names.
 
     Args:

@@ -60,7 +60,14 @@ class Objective(Protocol):
         0.1733
     """
 
-    def __call__(self, logits: Tensor, labels: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """Returns the loss of a batch.
 
         Args:
@@ -204,7 +211,10 @@ def _fault_of(loss: Any, logits: Tensor) -> str:
 
 
 def load_objective(
-    spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any], given: Any = None
+    spec: str,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    given: Any = None,
 ) -> Objective | None:
     """Makes an objective by name.
 

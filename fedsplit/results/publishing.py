@@ -48,7 +48,12 @@ def check_access(repository: str) -> None:
         raise SettingError("push_to_hub", f"{repository} ({_reason(error)})", ALLOWED) from None
 
 
-def push(adapter: Adapter, repository: str, private: bool = True, with_base: bool = False) -> str:
+def push(
+    adapter: Adapter,
+    repository: str,
+    private: bool = True,
+    with_base: bool = False,
+) -> str:
     """Uploads an adapter into a repository, which is made if need be.
 
     Args:

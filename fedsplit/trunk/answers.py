@@ -114,7 +114,13 @@ class Answers:
         crossed.framing.add(up.key.client, framing(up), framing(down))
         crossed.packets.add(up.key.client, up=1, down=1)
 
-    def record(self, kind: Kind, up: Packet, down: Packet, values: Tensor | None = None) -> None:
+    def record(
+        self,
+        kind: Kind,
+        up: Packet,
+        down: Packet,
+        values: Tensor | None = None,
+    ) -> None:
         """Adds a request and its answer to the trace, if there is one.
 
         Args:

@@ -150,7 +150,11 @@ class Blocks:
         return sums_behind
 
     def differentiate(
-        self, batch: PendingBatch, output: Output, sent: Mapping[StepKey, Tensor], by_sums: Mapping[StepKey, Tensor]
+        self,
+        batch: PendingBatch,
+        output: Output,
+        sent: Mapping[StepKey, Tensor],
+        by_sums: Mapping[StepKey, Tensor],
     ) -> Gradients:
         """Computes the backward of a batch.
 

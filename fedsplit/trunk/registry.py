@@ -202,7 +202,11 @@ class AdapterRegistry:
         self._step(adapter, regularised, _mean(rates), round)
 
     def _joined(
-        self, sums: dict[int, GradientSum], packet: Packet, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor]
+        self,
+        sums: dict[int, GradientSum],
+        packet: Packet,
+        snapshot: AdapterSnapshot,
+        gradients: Mapping[str, Tensor],
     ) -> GradientSum | None:
         """Adds a part of a client's step, and returns the sum of all parts after the last part."""
         key = packet.key

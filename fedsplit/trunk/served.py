@@ -136,7 +136,12 @@ class ServedTrunk:
     """
 
     def __init__(
-        self, load: Load, terms: Terms, threads: int = 1, timeout: float = 600.0, clock: Clock = time.monotonic
+        self,
+        load: Load,
+        terms: Terms,
+        threads: int = 1,
+        timeout: float = 600.0,
+        clock: Clock = time.monotonic,
     ) -> None:
         """Loads the trunk of the first run, so that what is wrong with the model is known at once.
 

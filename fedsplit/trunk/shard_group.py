@@ -98,7 +98,12 @@ def _load_pieces(config: Config, adapter: Path | None, group: ProcessGroup) -> t
     return part, styles
 
 
-def lead(config: Config, adapter: Path | None, group: ProcessGroup, on_loss: Any) -> tuple[Trunk, Blocks]:
+def lead(
+    config: Config,
+    adapter: Path | None,
+    group: ProcessGroup,
+    on_loss: Any,
+) -> tuple[Trunk, Blocks]:
     """Loads the pieces of the first process.
 
     Args:

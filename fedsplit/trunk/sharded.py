@@ -195,7 +195,11 @@ class LeadingBlocks(ShardedBlocks):
         return output
 
     def differentiate(
-        self, batch: PendingBatch, output: Output, sent: Mapping[StepKey, Tensor], by_sums: Mapping[StepKey, Tensor]
+        self,
+        batch: PendingBatch,
+        output: Output,
+        sent: Mapping[StepKey, Tensor],
+        by_sums: Mapping[StepKey, Tensor],
     ) -> Gradients:
         """Computes the backward of a batch in all processes; see `Blocks.differentiate`."""
         assert isinstance(output, _NumberedOutput)

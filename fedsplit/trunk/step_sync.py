@@ -337,7 +337,12 @@ class Mirror:
             self._take(newest)
 
     def step(
-        self, gradients: Mapping[str, Tensor], count: int, rates: Sequence[float], round: int, is_last: bool = False
+        self,
+        gradients: Mapping[str, Tensor],
+        count: int,
+        rates: Sequence[float],
+        round: int,
+        is_last: bool = False,
     ) -> bool:
         """Makes a step together with the other replicas.
 

@@ -141,7 +141,8 @@ def _import_file(kind: Kind, path: Path) -> ModuleType:
         SettingError: There is no such file, or an error was raised while it ran.
     """
     # Two files of one name in different folders must not become one module.
-    digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]
+    place = os.fsencode(os.path.abspath(path))
+    digest = hashlib.sha256(place).hexdigest()[:8]
     name = f"fedsplit_user_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not os.path.isfile(path):

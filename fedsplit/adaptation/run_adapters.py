@@ -107,7 +107,9 @@ def outlined(config: Config, kind: Kind, classes: int = 0) -> Any:
     """
     config = _without_values(config)
     folder = config_folder(config.model, weights=False)
-    part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes)
+    dtype = TYPES[config.dtype]
+    fused = config.kernels == "fused"
+    part = empty_part(folder, config.bounds, kind, dtype, fused, classes)
     part.requires_grad_(False)  # adapters are added to frozen base weights only
     with torch.device("meta"):
         _add(part, config)
@@ -125,7 +127,9 @@ def weightless(config: Config, kind: Kind) -> Part:
         The part, with base weights on the meta device and adapters on the CPU.
     """
     folder = config_folder(config.model)
-    part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
+    dtype = TYPES[config.dtype]
+    fused = config.kernels == "fused"
+    part = empty_part(folder, config.bounds, kind, dtype, fused, classes=0)
     part.requires_grad_(False)
     with torch.device("meta"):
         _add(part, config)

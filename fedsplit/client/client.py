@@ -204,7 +204,16 @@ class Client(SplitStep):
             seed_generators(derive_seed(self.seed, "client", self.number, round, step), [device])
             key = StepKey(round, self.number, next(keys))
             try:
-                loss = self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys, examples=examples)
+                loss = self.step(
+                    rows.ids,
+                    key,
+                    rows.mask,
+                    rows.labels,
+                    rate,
+                    terms=terms,
+                    keys=keys,
+                    examples=examples,
+                )
             except UnboundedStep as error:
                 raise self._diverged(str(error)) from error
             losses.append(loss)

@@ -112,7 +112,11 @@ def check_objective(objective: Objective | None) -> list[Check]:
             raise BrokenError("the gradient is zero everywhere")
 
     def again() -> None:
-        first, second = (dict(zip(("loss", "gradient"), loss_and_gradient(batch), strict=True)) for _ in range(2))
+        results = []
+        for _ in range(2):
+            loss, gradient = loss_and_gradient(batch)
+            results.append({"loss": loss, "gradient": gradient})
+        first, second = results
         require_equal(second, first, "a second call gives another result")
 
     def masked() -> None:
@@ -123,12 +127,15 @@ def check_objective(objective: Objective | None) -> list[Check]:
         require_equal({"the loss": other}, {"the loss": loss}, "logits where labels are -100 count", exact=False)
 
     def mean() -> None:
-        parts = [batch.rows(slice(0, ROWS // 2)), batch.rows(slice(ROWS // 2, ROWS))]
+        half = ROWS // 2
+        parts = [batch.rows(slice(0, half)), batch.rows(slice(half, ROWS))]
         weights = [_weight(demands.mean_over, part.labels) for part in parts]
         losses = [float(call(part.copy()).detach()) for part in parts]
-        expected = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
+        weighted = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
+        expected = sum(weighted) / sum(weights)
         found = float(call(batch.copy()).detach())
-        if not math.isclose(found, expected, rel_tol=_rounding([found, *losses]), abs_tol=1e-6):
+        rounding = _rounding([found, *losses])
+        if not math.isclose(found, expected, rel_tol=rounding, abs_tol=1e-6):
             halves = f"its halves, weighted by {demands.mean_over}, {expected:.6g}"
             raise BrokenError(f"a batch has the loss {found:.6g}; {halves}")
 
@@ -172,7 +179,8 @@ def check_metric(metric: Metric) -> list[Check]:
             raise BrokenError(f"logits where labels are -100 count: {other} in place of {first}")
 
     def added() -> None:
-        parts = [call(batch.rows(rows)) for rows in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))]
+        half = ROWS // 2
+        parts = [call(batch.rows(rows)) for rows in (slice(0, half), slice(half, ROWS))]
         total, count = (sum(values) for values in zip(*parts, strict=True))
         found = call(batch)
         if not _are_close(found, (total, count)):
@@ -231,8 +239,12 @@ def _wider(batch: Batch) -> Batch:
     logits = torch.randn(ROWS, 2, VOCABULARY, generator=generator)
     labels = torch.full((ROWS, 2), IGNORED)
     added = invented(frozenset(batch.further), logits, labels, generator)
-    further = {name: torch.cat([tensor, added[name]], dim=1) for name, tensor in batch.further.items()}
-    return Batch(torch.cat([batch.logits, logits], dim=1), torch.cat([batch.labels, labels], dim=1), further)
+    further = {}
+    for name, tensor in batch.further.items():
+        further[name] = torch.cat([tensor, added[name]], dim=1)
+    wider_logits = torch.cat([batch.logits, logits], dim=1)
+    wider_labels = torch.cat([batch.labels, labels], dim=1)
+    return Batch(wider_logits, wider_labels, further)
 
 
 def _rounding(losses: Sequence[float]) -> float:
@@ -255,4 +267,5 @@ def _weight(mean_over: str, labels: Tensor) -> int:
 
 def _are_close(one: tuple[float, float], other: tuple[float, float]) -> bool:
     """Returns True for sums and counts that are equal up to rounding."""
-    return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(one, other, strict=True))
+    pairs = zip(one, other, strict=True)
+    return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in pairs)

@@ -98,7 +98,9 @@ def check_answers(prompt: object, chosen: object, rejected: object) -> tuple[Cha
         raise ValueError("a prompt and two answers that are lists of messages, all three")
     chats = [check_chat([*before, *answer]) for answer in (chosen, rejected)]  # type: ignore[misc]
     for chat in chats:
-        ends_in_answer = chat[-1]["role"] == "assistant" and chat[:-1] == chats[0][:-1]
+        ends_in_assistant = chat[-1]["role"] == "assistant"
+        begins_alike = chat[:-1] == chats[0][:-1]
+        ends_in_answer = ends_in_assistant and begins_alike
         if not ends_in_answer or (prompt is not None and len(chat) != len(before) + 1):  # type: ignore[arg-type]
             raise ValueError("two chats that differ in their last message alone, an answer of the assistant's")
     return chats[0], chats[1]
@@ -180,7 +182,10 @@ def _texts_with_spans(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[str, l
         return [(full_text, [_without_trailing_space(tokenizer, turn) for turn in turns])]
 
     # The template rewrites earlier turns: each turn gets a separate text.
-    return [_turn_with_spans(tokenizer, chat[:end], turn) for turn, end in zip(turns, ends, strict=True)]
+    texts = []
+    for turn, end in zip(turns, ends, strict=True):
+        texts.append(_turn_with_spans(tokenizer, chat[:end], turn))
+    return texts
 
 
 def _last_turn(tokenizer: TextTokenizer, chat: Chat) -> _Turn:

@@ -86,7 +86,11 @@ def format_of(table: Table, data: DataSettings) -> str:
         return "completion"
     if is_instructions(table.columns, data):
         return "instruction"
-    pairs = [(data.prompt, data.completion), (data.chosen, data.rejected), (data.instruction, data.output)]
+    pairs = [
+        (data.prompt, data.completion),
+        (data.chosen, data.rejected),
+        (data.instruction, data.output),
+    ]
     two = ", or ".join(f"'{first}' and '{second}'" for first, second in pairs)
     needed = f"a data set with a column '{data.text}', '{data.messages}', '{CONVERSATIONS}', or {two}"
     raise SettingError("dataset", table.dataset, f"{needed} (its columns are {table.listed})")

@@ -54,15 +54,18 @@ class AdapterCodec:
         """Returns adapters as blobs, for a client."""
         sent = {}
         for name, tensor in tensors.items():
-            sent[name] = to_blob(self._down.encode(tensor, self._role(name, "down", client, round)))
+            role = self._role(name, "down", client, round)
+            sent[name] = to_blob(self._down.encode(tensor, role))
         return sent
 
     def decode_values(self, sent: Mapping[str, Tensor], client: int, round: int) -> dict[str, Tensor]:
         """Returns adapters from blobs, as the client and the server compute with them."""
-        return {
-            name: self._down.decode(from_blob(blob), self._role(name, "down", client, round))
-            for name, blob in sent.items()
-        }
+        tensors = {}
+        for name, blob in sent.items():
+            encoded = from_blob(blob)
+            role = self._role(name, "down", client, round)
+            tensors[name] = self._down.decode(encoded, role)
+        return tensors
 
     def encode_changes(
         self,
@@ -112,11 +115,15 @@ class AdapterCodec:
 
     def state(self, client: int) -> dict[str, Tensor]:
         """Returns the state of a client, by names for the client's store."""
-        return {_STATE + name: tensor for name, tensor in self._up.state().get(client, {}).items()}
+        of_client = self._up.state().get(client, {})
+        return {_STATE + name: tensor for name, tensor in of_client.items()}
 
     def restore(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Replaces the state by what the client's store has kept. Names of other codecs are ignored."""
-        own = {name.removeprefix(_STATE): tensor for name, tensor in state.items() if name.startswith(_STATE)}
+        own = {}
+        for name, tensor in state.items():
+            if name.startswith(_STATE):
+                own[name.removeprefix(_STATE)] = tensor
         self._up.restore({client: own})
 
     def _role(

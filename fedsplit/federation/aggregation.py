@@ -191,7 +191,9 @@ def _check_state(state: object) -> None:
 def _in_types_of(given: Adapters, adapters: Adapters) -> Adapters:
     """Returns `given` with the tensor types of `adapters`."""
     # A strategy may compute in float64. Messages, checkpoints and clients expect the types of the adapters.
-    tensors = {name: tensor.to(adapters.tensors[name].dtype) for name, tensor in given.tensors.items()}
+    tensors = {}
+    for name, tensor in given.tensors.items():
+        tensors[name] = tensor.to(adapters.tensors[name].dtype)
     return replace(given, tensors=tensors)
 
 

@@ -215,7 +215,8 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         # Without a line that a kill has cut off.
         events = [line for line in metrics.read_bytes().splitlines(keepends=True) if is_event(line)]
-        kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
+        last = facts["round"]
+        kept = [line.decode() for line in events if json.loads(line)["round"] <= last]
         write_text(metrics, "".join(kept))
         return Snapshot(facts["round"], facts, unpack(load_tensors(folder / _TENSORS)))
 
@@ -323,7 +324,9 @@ class RunFolder:
         The files are the changes of base weights, and the state of clients whose disks are on this machine. Digests are
         by the file's path in the run's folder.
         """
-        folds = [*self.folds.glob("round-*"), *(self.clients / FOLDS).glob("round-*")]
+        of_server = self.folds.glob("round-*")
+        of_clients = (self.clients / FOLDS).glob("round-*")
+        folds = [*of_server, *of_clients]
         # A file with any other name counts as one of a later round, and is left out.
         files = [file for file in folds if (round_of(file) or snapshot.round + 1) <= snapshot.round]
         for client, accepted in snapshot.facts.get("accepted", {}).items():
@@ -425,5 +428,6 @@ def _kept_in(folder: Path) -> _Kept:
 
 def _kept_of(facts: Mapping[str, Any]) -> _Kept:
     loss = float(facts.get("after", math.inf))
-    accepted = {int(client): int(round) for client, round in facts.get("accepted", {}).items()}
+    by_client = facts.get("accepted", {})
+    accepted = {int(client): int(round) for client, round in by_client.items()}
     return _Kept(loss if math.isfinite(loss) else math.inf, accepted)

@@ -309,7 +309,8 @@ def _introduce(visit: _Visit, request: Introduce) -> Reply:
         parameters["bottom"]["trainable"] = 0
     start: dict[str, Adapters] = {}
     if client.number == 0 or request.wants_start:
-        start = {str(part.kind): lora.read(part) for part in (site.bottom, site.top)}
+        parts = (site.bottom, site.top)
+        start = {str(part.kind): lora.read(part) for part in parts}
     return introduce(Introduction(client.number, client.shard.name, parameters, start, client.shard.size))
 
 
@@ -427,7 +428,13 @@ def assembled(start: Adapters, request: Train, kept: ClientState) -> dict[str, T
         kept: Tensors on the client's disk since the last update that the server accepted.
     """
     # A later group replaces tensors of an earlier one.
-    return {**start.tensors, **kept.held, **draw(start, request.drawn), **request.tensors, **kept.personal}
+    return {
+        **start.tensors,
+        **kept.held,
+        **draw(start, request.drawn),
+        **request.tensors,
+        **kept.personal,
+    }
 
 
 def to_keep(
@@ -441,7 +448,10 @@ def to_keep(
 ) -> ClientState:
     """Returns the state that a client writes to disk at the end of a round."""
     # A tensor that is as it was at the start is made from the run's seed again, and needs no room on the disk.
-    held = {name: given[name] for name in untrained if not torch.equal(given[name], start.tensors[name])}
+    held = {}
+    for name in untrained:
+        if not torch.equal(given[name], start.tensors[name]):
+            held[name] = given[name]
     # Sorted: the order of a set differs from process to process, and equal states should be equal files.
     own = {name: update.adapters.tensors[name] for name in sorted(personal)}
     return ClientState(held, own, control, update.moments, update.kept, codec)

@@ -96,7 +96,12 @@ class Site:
             yield SettingError("init_adapter", "the run's", allowed)
         if self.allows_code:
             return
-        named = {"strategy": (run.strategy,), "objective": (run.objective,), "metric": run.metric, "mods": run.mods}
+        named = {
+            "strategy": (run.strategy,),
+            "objective": (run.objective,),
+            "metric": run.metric,
+            "mods": run.mods,
+        }
         for setting, specs in named.items():
             for spec in specs:
                 # Flower's own mods and strategies are installed with fedsplit.
@@ -117,7 +122,9 @@ class Site:
         if not shard_file(root, self.client).exists():
             check_model(config, request.briefing.model)
             shard = shard_of_site(config, self.name)
-            largest = max(int(shard.train.ids.max()), int(shard.held_out.ids.max()))
+            in_training = int(shard.train.ids.max())
+            in_held_out = int(shard.held_out.ids.max())
+            largest = max(in_training, in_held_out)
             check_largest(config_folder(config.model), config.model, largest)
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Last: a file that is there says that the checks above have passed.
@@ -133,7 +140,9 @@ class Site:
         Returns:
             The number of runs with data.
         """
-        roots = [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
+        if not self.folder.is_dir():
+            return 0
+        roots = [path for path in self.folder.iterdir() if path.is_dir()]
         return sum(bool(remove_left(root)) for root in roots)
 
 
@@ -216,7 +225,8 @@ def make_site(values: Mapping[str, object], options: Mapping[str, Any]) -> Site:
     for name, words in (("dataset", "the data set of the site"), ("trunk.server", "the address of the trunk")):
         if name not in settings:
             errors.append(SettingError(name, "nothing", words))
-    errors += draft({name: value for name, value in settings.items() if name in SETTINGS}, {}).errors
+    known = {name: value for name, value in settings.items() if name in SETTINGS}
+    errors += draft(known, {}).errors
     check_all(errors)
     return Site(
         client=int(str(fields["client"])),
@@ -238,7 +248,11 @@ def write_site(site: Site) -> Path:
         value = settings.get(name)
         if isinstance(value, str) and value and path_of(value).exists():
             settings[name] = str(Path(value).absolute())  # the processes of a SuperNode work in another folder
-    document: dict[str, Any] = {"client": site.client, "name": site.name, "folder": str(site.folder.absolute())}
+    document: dict[str, Any] = {
+        "client": site.client,
+        "name": site.name,
+        "folder": str(site.folder.absolute()),
+    }
     document["allow-code"] = site.allows_code
     for name, value in settings.items():
         section, _, key = name.rpartition(".")

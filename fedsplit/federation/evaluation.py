@@ -211,7 +211,8 @@ def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -
     has_classes = bool(state.accuracy)
     has_perplexity = not has_classes and parties.config.data.format != PAIRS
     metrics = means(found.total.metrics)
-    of_clients = means_by_metric((parties.name(client), score.metrics) for client, score in found.scores.items())
+    by_name = ((parties.name(client), score.metrics) for client, score in found.scores.items())
+    of_clients = means_by_metric(by_name)
     return RoundEvaluated(
         round=round,
         loss=found.total.loss,

@@ -156,7 +156,8 @@ class FlowerAggregation:
         self, round: int, adapters: Adapters, updates: Sequence[ClientUpdate], replies: Sequence[Reply]
     ) -> Adapters:
         """Returns the strategy's aggregate in float32. The strategy gets the weights of `--weights`."""
-        messages = [self._message(update, reply) for update, reply in zip(updates, replies, strict=True)]
+        pairs = zip(updates, replies, strict=True)
+        messages = [self._message(update, reply) for update, reply in pairs]
         with named(self._strategy, round), records.named_run():
             arrays, _ = self._strategy.aggregate_train(round, messages)
         if arrays is None:

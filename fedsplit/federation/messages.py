@@ -305,7 +305,8 @@ def introduction(client: int, about: str, start: Mapping[str, Adapters]) -> Repl
         about: Name, parameters and layers, as JSON.
         start: Initial adapters of bottom and top; empty if another client sends them.
     """
-    return _reply(client, {}, {part: adapters.tensors for part, adapters in start.items()}, about)
+    groups = {part: adapters.tensors for part, adapters in start.items()}
+    return _reply(client, {}, groups, about)
 
 
 def _reply(

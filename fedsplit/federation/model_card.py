@@ -232,5 +232,7 @@ def _code(value: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    cells = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in line] for line in lines]
+    cells = []
+    for line in lines:
+        cells.append([cell.replace("|", "\\|").replace("<", "&lt;") for cell in line])
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)

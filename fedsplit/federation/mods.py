@@ -159,7 +159,13 @@ def tried(
     """
     client = request.client
     facts: dict[str, bool | float | int | str] = {"partition-id": client, "num-partitions": config.clients}
-    context = Context(run_id=1, node_id=client + 1, node_config=facts, state=RecordDict(), run_config={})
+    context = Context(
+        run_id=1,
+        node_id=client + 1,
+        node_config=facts,
+        state=RecordDict(),
+        run_config={},
+    )
     with records.named_run():
         message = Message(RecordDict(), dst_node_id=client + 1, message_type=MessageType.TRAIN)
         try:

@@ -91,7 +91,8 @@ class Round:
         self._training = training.train(self._parties, self.state, self.number, self._assigned, self.attempt)
         self._loss = self._training.loss
         self._cost.add_training(self._training)
-        self._events.append(training.event_of(self._parties, self.state, self.number, self._training))
+        event = training.event_of(self._parties, self.state, self.number, self._training)
+        self._events.append(event)
 
     def aggregate(self) -> None:
         """Lets the strategy aggregate the updates, and brings ledger and trunk up to date."""

@@ -89,9 +89,10 @@ class Cost:
         other = totals.seconds_since(elapsed) - sum(self.seconds.values())
         tokens = sum(self.tokens.values())
         training = self.seconds.get("training", 0.0)
-        speeds = {
-            client: count / self.training[client] for client, count in self.tokens.items() if self.training[client]
-        }
+        speeds = {}
+        for client, count in self.tokens.items():
+            if self.training[client]:
+                speeds[client] = count / self.training[client]
         client_seconds = {"training": self.training, "sample": self.sample, "evaluation": self.evaluation}
         return RoundCost(
             round=round,

@@ -43,12 +43,13 @@ class VirtualTime:
         fleet = read_fleet(config.network.profile)
         schedule = SCHEDULES[config.trunk.schedule]
         several = config.trunk.replicas > 1
+        lanes = max(1, config.trunk.lanes)
         self._config = config
         self.field = Field(
             fleet.profiles(names, config.seed),
             fleet.trunk,
             compute_of(config),
-            Discipline(schedule.gathers, schedule.sums, config.trunk.every, max(1, config.trunk.lanes)),
+            Discipline(schedule.gathers, schedule.sums, config.trunk.every, lanes),
             config.seed,
             replicas_of(config.clients, config.trunk.replica_weights) if several else (),
         )
@@ -89,7 +90,8 @@ class VirtualTime:
         """Returns the training of a round whose replay is known. For the arguments see `training`."""
         usable_arrivals = {client: phase.arrivals[client] for client in sorted(usable)}
         late = self._late(usable_arrivals)
-        surplus = self._surplus({client: at for client, at in usable_arrivals.items() if client not in late})
+        in_time = {client: at for client, at in usable_arrivals.items() if client not in late}
+        surplus = self._surplus(in_time)
         end = self._end_of_training(phase.arrivals, late.keys() | surplus.keys())
         return TrainingTime(phase, end, late, surplus, unavailable)
 
@@ -133,10 +135,12 @@ class VirtualTime:
             arrivals: Virtual seconds until a client's update is at the server, by client.
             unused: Clients whose update is late or surplus.
         """
-        last = max((seconds for client, seconds in arrivals.items() if client not in unused), default=0.0)
+        of_used = [seconds for client, seconds in arrivals.items() if client not in unused]
+        last = max(of_used, default=0.0)
         misses_deadline = any(seconds > self._config.round_deadline for seconds in arrivals.values())
         # The server cannot know that nobody else will come, unless enough have.
-        has_enough = self._config.network.over_select > 1 and len(arrivals) - len(unused) >= self._config.sampled
+        used = len(arrivals) - len(unused)
+        has_enough = self._config.network.over_select > 1 and used >= self._config.sampled
         if self._config.round_deadline and misses_deadline and not has_enough:
             return self._config.round_deadline
         return last
@@ -162,9 +166,10 @@ class PhaseTraffic:
             round: Number of the round.
         """
         by_client = settled(crossings, round, self.up.keys())
-        return {
-            client: ClientPhase(self.down[client], self.up[client], by_client[client]) for client in sorted(self.up)
-        }
+        phases = {}
+        for client in sorted(self.up):
+            phases[client] = ClientPhase(self.down[client], self.up[client], by_client[client])
+        return phases
 
 
 @dataclass(frozen=True)
@@ -188,9 +193,12 @@ class TrainingTime:
     @property
     def unused(self) -> dict[int, tuple[Cause, str]]:
         """Clients whose update is late or surplus, with cause and reason."""
-        late: dict[int, tuple[Cause, str]] = {client: ("late", reason) for client, reason in self.late.items()}
-        surplus: dict[int, tuple[Cause, str]] = {client: ("surplus", reason) for client, reason in self.surplus.items()}
-        return dict(sorted((late | surplus).items()))
+        unused: dict[int, tuple[Cause, str]] = {}
+        for client, reason in self.late.items():
+            unused[client] = "late", reason
+        for client, reason in self.surplus.items():
+            unused[client] = "surplus", reason
+        return dict(sorted(unused.items()))
 
 
 @dataclass
@@ -272,7 +280,8 @@ def round_event(
     evaluation_seconds = 0.0 if evaluation is None else evaluation.end
     arrivals: dict[int, float] = {}
     if training is not None:
-        arrivals = {client: at for client, at in training.phase.arrivals.items() if client not in training.unused}
+        unused = training.unused
+        arrivals = {client: at for client, at in training.phase.arrivals.items() if client not in unused}
         _add_phase(spent, {client: training.phase.spent[client] for client in arrivals}, arrivals, training_seconds)
     if evaluation is not None:
         _add_phase(spent, evaluation.spent, evaluation.arrivals, evaluation_seconds)

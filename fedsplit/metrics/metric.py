@@ -200,7 +200,8 @@ def asked_by(*metrics: Metric) -> frozenset[str]:
         >>> asked_by(*load_metrics(["token_accuracy"], {}).values())
         frozenset()
     """
-    return frozenset[str]().union(*(getattr(metric, "further", ()) for metric in metrics))
+    names = [getattr(metric, "further", ()) for metric in metrics]
+    return frozenset[str]().union(*names)
 
 
 def measure(

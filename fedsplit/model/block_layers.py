@@ -110,8 +110,9 @@ def narrows_of(blocks: list[nn.Module], width: int) -> tuple[str, ...]:
             # GPT-2's attention and MLP both have a `c_proj`. In such a model the MLP's name keeps the path before the
             # last component, or an adapter would go to both.
             last = name.rpartition(".")[2]
-            others = [other for other in names if other.rpartition(".")[2] == last and _ATTENTION.search(other)]
-            found.append(name if others else last)
+            namesakes = [other for other in names if other.rpartition(".")[2] == last]
+            is_shared = any(_ATTENTION.search(other) for other in namesakes)
+            found.append(name if is_shared else last)
     return tuple(dict.fromkeys(found))
 
 

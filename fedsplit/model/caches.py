@@ -104,7 +104,8 @@ class Past:
             self._cache = PartCache(self._part, rows)
         elif self._mask is not None:
             # Only prompts are padded: every later token is text.
-            self._mask = torch.cat([self._mask, self._mask.new_ones(rows, count)], 1)
+            of_text = self._mask.new_ones(rows, count)
+            self._mask = torch.cat([self._mask, of_text], 1)
         mask = self._mask
         if mask is not None and self._part.ahead:
             # Every token may attend to the trained past, also a token of a padded sequence.

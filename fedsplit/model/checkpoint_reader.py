@@ -80,7 +80,8 @@ class CheckpointReader:
         self._sources = sources_of(model, [name for name in names if not name.endswith(SCALE)])
         # bitsandbytes stores every weight as (out, in), and a `Conv1D` has (in, out).
         turned = {f"{layer}.weight" for layer in transposed_layers(model)}
-        self._turned = {stored for name in turned & self._sources.keys() for stored in self._sources[name].names}
+        present = turned & self._sources.keys()
+        self._turned = {stored for name in present for stored in self._sources[name].names}
         self._parameters: dict[str, nn.Parameter] = {}
         ties: dict[str, str] = model.all_tied_weights_keys
         sources = {source: target for target, source in ties.items()}
@@ -135,7 +136,8 @@ class CheckpointReader:
 
     def _packed(self, stored: str) -> PackedWeight:
         """Reads a quantised weight by its name in the files."""
-        statistics = {key: self._whole(name) for key, name in self._statistics[stored].items()}
+        names = self._statistics[stored]
+        statistics = {key: self._whole(name) for key, name in names.items()}
         try:
             return packed_weight(self._whole(stored), statistics)
         except ValueError as error:
@@ -190,9 +192,11 @@ class CheckpointReader:
         first, last, _ = piece[0].indices(length)
         for begin in range(first, last, rows):
             end = min(begin + rows, last)
+            place = slice(begin - first, end - first)
+            chosen = (slice(begin, end), *piece[1:])
             # The file is opened anew for each slice, since pages of an open file stay resident.
             with safe_open(self._files[name], framework="pt") as file:
-                yield slice(begin - first, end - first), file.get_slice(name)[slice(begin, end), *piece[1:]]
+                yield place, file.get_slice(name)[chosen]
 
     def _fill(self, name: str, target: Tensor) -> None:
         """Reads a tensor of the files into memory, and casts it."""

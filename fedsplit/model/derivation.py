@@ -255,7 +255,8 @@ class _Names:
         if not outermost:
             raise Underivable(f"it has no list of {depth} blocks")
         embedding = _name_of(model, model.get_input_embeddings())
-        beside = [name for name in outermost if embedding.rpartition(".")[0] == name.rpartition(".")[0]]
+        owner = embedding.rpartition(".")[0]
+        beside = [name for name in outermost if name.rpartition(".")[0] == owner]
         if len(beside) != 1:
             raise Underivable(f"its embedding {embedding} is not beside one list of blocks, {' or '.join(outermost)}")
         self.decoder, _, self.blocks = beside[0].rpartition(".")
@@ -349,7 +350,8 @@ class _Trace:
             inputs: Positional arguments of the module.
             output: Result of the module.
         """
-        is_wide = isinstance(output, Tensor) and output.is_floating_point() and output.shape[-1:] == (self._width,)
+        is_floating = isinstance(output, Tensor) and output.is_floating_point()
+        is_wide = is_floating and output.shape[-1:] == (self._width,)
         if not is_wide and not self._is_hidden(output):  # rotary positions, which every part computes
             return
         if not self._entered and not (inputs and self._is_hidden(inputs[0])):

@@ -40,7 +40,9 @@ def plan(part: Part, devices: Sequence[torch.device]) -> list[torch.device]:
     """
     sizes = [_bytes_of(block) for block in _blocks(part)]
     free = [_free_bytes(device) for device in devices]
-    ends = [sum(free[: place + 1]) / sum(free) * sum(sizes) for place in range(len(devices))]
+    all_free = sum(free)
+    all_bytes = sum(sizes)
+    ends = [sum(free[: place + 1]) / all_free * all_bytes for place in range(len(devices))]
     by_block = []
     used = dict.fromkeys(devices, 0)
     for block, size in enumerate(sizes):

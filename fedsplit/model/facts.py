@@ -250,7 +250,8 @@ def _read_experts(
     if sign is None:
         return {}
     coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-    if not isinstance(coefficient, int | float) or isinstance(coefficient, bool) or not 0 <= coefficient < math.inf:
+    is_number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+    if not is_number or not 0 <= coefficient < math.inf:
         raise SettingError("model", f"{path} (its config.json has no possible router_aux_loss_coef)", allowed)
 
     experts, routed = _count_experts(config, family, sign, stacked)
@@ -283,7 +284,8 @@ def _count_experts(
         routed = []
         experts = 0
         for number, block in enumerate(blocks):
-            inside = {name for name, _ in block.named_modules()} | {name for name, _ in block.named_parameters()}
+            inside = {name for name, _ in block.named_modules()}
+            inside |= {name for name, _ in block.named_parameters()}
             if sign in inside:
                 routed.append(number)
             if stacked in inside:

@@ -132,7 +132,9 @@ def flops_by_block(part: Part, rows: int, length: int, input_needs_gradient: boo
     """
     needs = input_needs_gradient or part.virtual > 0  # virtual tokens are trained, at the bottom's input
     positions = length + part.virtual
-    batch = _Batch(rows * positions, rows * positions * (part.ahead + positions), has_trained_past=part.ahead > 0)
+    tokens = rows * positions
+    pairs = tokens * (part.ahead + positions)
+    batch = _Batch(tokens, pairs, has_trained_past=part.ahead > 0)
     costs = []
     for block in getattr(part.decoder, part.family.blocks):
         cost, needs = _of_block(block, part.config, batch, needs)
@@ -240,7 +242,8 @@ def _used_share(name: str, shape: Any, config: Any) -> float:
     is_stacked = "experts" in name and any(f".{last}" in name for last in STACKED) and len(shape) == 3
     if not is_stacked:
         return 1.0
-    chosen = next((getattr(config, key) for key in _CHOSEN if getattr(config, key, None)), shape[0])
+    numbers = (getattr(config, key, None) for key in _CHOSEN)
+    chosen = next((number for number in numbers if number), shape[0])
     return min(1.0, float(chosen) / float(shape[0]))
 
 

@@ -348,7 +348,8 @@ class _LoraLinear(torch.autograd.Function):
         if kind == weight.dtype:
             return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout)
         with torch.autocast("cpu", enabled=False):  # autocast would compute the products in 16 bits
-            return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout).to(weight.dtype)
+            output = _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout)
+            return output.to(weight.dtype)
 
     @staticmethod
     def _project(
@@ -379,8 +380,9 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scaling = scaling
         # Only the gradient by A (`down`) reads the input.
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, mask, low, weight, down, up)
+        shape = [*x.shape[:-1], output.shape[1]]
         # The library may add to the output in place, which torch forbids for a view that a function returns.
-        return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[1]])
+        return torch.ops.aten._unsafe_view(output, shape)
 
     @staticmethod
     @once_differentiable

@@ -188,7 +188,8 @@ def _kept_blocks(document: Mapping[str, Any], depth: int, modes: Sequence[str | 
     for block in range(depth):
         mode = modes[block] if modes else None
         chosen = [block in values for values in numbers]
-        kind = repr([*(values[block] for values in lists), chosen, owns.get(block), mode])
+        in_lists = [values[block] for values in lists]
+        kind = repr([*in_lists, chosen, owns.get(block), mode])
         firsts.setdefault(kind, block)
     if modes:  # the library wants a last block of a certain kind in models that share keys and values
         firsts["last"] = depth - 1

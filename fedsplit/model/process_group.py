@@ -91,7 +91,8 @@ class ProcessGroup:
         if device.type == "cuda":
             options = _dist.ProcessGroupNCCL.Options()
             options._timeout = within
-            self._sums: Any = _dist.ProcessGroupNCCL(_dist.PrefixStore("sums", store), shard.rank, shard.size, options)
+            of_sums = _dist.PrefixStore("sums", store)
+            self._sums: Any = _dist.ProcessGroupNCCL(of_sums, shard.rank, shard.size, options)
         else:
             self._sums = _gloo(store, "sums", shard, gloo, within)
 
@@ -111,11 +112,14 @@ class ProcessGroup:
 
     def say(self, fields: Mapping[str, Any], tensors: Sequence[Tensor | None] = ()) -> None:
         """Sends a message from the first process to all others."""
-        described = [None if tensor is None else [str(tensor.dtype), list(tensor.shape)] for tensor in tensors]
+        described = []
+        for tensor in tensors:
+            described.append(None if tensor is None else [str(tensor.dtype), list(tensor.shape)])
         encoded = json.dumps({"fields": fields, "tensors": described}).encode()
         # The length goes first, since a receiver must have memory of the right size before a broadcast.
         self._messages.broadcast([torch.tensor([len(encoded)])]).wait()
-        self._messages.broadcast([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)]).wait()
+        as_tensor = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        self._messages.broadcast([as_tensor]).wait()
         for tensor in tensors:
             if tensor is not None:
                 self._send_bytes(tensor.detach().contiguous().flatten())

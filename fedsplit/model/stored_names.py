@@ -86,7 +86,8 @@ class Source:
             ValueError: The library's rule does not result in the parameter.
         """
         assert self.converter is not None
-        values: dict[str, object] = dict(zip(self.patterns, map(list, tensors), strict=True))
+        by_pattern = zip(self.patterns, map(list, tensors), strict=True)
+        values: dict[str, object] = dict(by_pattern)
         for operation in self.converter.operations:
             values = operation.convert(
                 values,

@@ -160,10 +160,11 @@ class TextTokenizer:
             (full,) = self.encode([character])
             if not bare:
                 continue
-            starts = [start for start in range(len(full)) if full[start : start + len(bare)] == bare]
+            length = len(bare)
+            starts = [start for start in range(len(full)) if full[start : start + length] == bare]
             if len(starts) == 1:  # otherwise the character's tokens are among the special tokens, too
                 (start,) = starts
-                return full[:start], full[start + len(bare) :]
+                return full[:start], full[start + length :]
         return [], []
 
     @cached_property

@@ -47,7 +47,13 @@ def make_optimizer(parameters: Iterable[Tensor], settings: TrainSettings) -> tor
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit  # an optional dependency
 
-        narrow: torch.optim.Optimizer = AdamW8bit(trained, lr=lr, weight_decay=decay, betas=betas, eps=settings.eps)
+        narrow: torch.optim.Optimizer = AdamW8bit(
+            trained,
+            lr=lr,
+            weight_decay=decay,
+            betas=betas,
+            eps=settings.eps,
+        )
         return narrow
     return torch.optim.AdamW(
         trained,

@@ -378,7 +378,8 @@ class Chain:
             largest = float((found - expected).abs().max())
             # The smallest step of the type is for tensors whose gradients are almost 0 everywhere. NaN counts as a
             # difference.
-            if not largest <= KERNELS * float(expected.abs().max()) + torch.finfo(found.dtype).eps:
+            allowed = KERNELS * float(expected.abs().max()) + torch.finfo(found.dtype).eps
+            if not largest <= allowed:
                 raise Difference(f"{name} differs from the uncut model by up to {largest:.2g}")
 
     @torch.no_grad()
@@ -387,7 +388,8 @@ class Chain:
         subject = self._subject
         folder = subject.folder.parent / "adapter"
         tensors = {name: parameter.detach() for name, parameter in self._adapters.items()}
-        adapter_files.save(folder, Adapters(tensors, {}), SETTINGS, subject.family, base=str(subject.folder))
+        adapters = Adapters(tensors, {})
+        adapter_files.save(folder, adapters, SETTINGS, subject.family, base=str(subject.folder))
         whole = PeftModel.from_pretrained(subject.load(), str(folder)).eval()
         found = self._predict("logits")
         expected = whole(input_ids=subject.ids, use_cache=False).logits

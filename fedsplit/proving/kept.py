@@ -103,5 +103,6 @@ def _read(name: str, classifies: bool) -> Proof | None:
         proof = Proof(str(document["model_type"]), cuts, equal, faults, seconds, classifies=classifies)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    is_whole = all(equal.get(check) == (1 if check in ONCE else len(cuts)) for check in proof.always)
+    expected = {check: 1 if check in ONCE else len(cuts) for check in proof.always}
+    is_whole = all(equal.get(check) == count for check, count in expected.items())
     return proof if cuts and is_whole else None

@@ -157,7 +157,8 @@ def _in_trunk(proof: Proof, subject: Subject) -> Proof | None:
     """
     whole = (0, max(high for _, high in proof.cuts))
     equal, faults = _compare(subject, [whole])
-    alone = replace(proof, cuts=(whole,), equal=equal, faults=faults, inner=": ".join(proof.first_fault))
+    inner = ": ".join(proof.first_fault)
+    alone = replace(proof, cuts=(whole,), equal=equal, faults=faults, inner=inner)
     return alone if alone.trains else None
 
 
@@ -195,7 +196,8 @@ def _compare(subject: Subject, cuts: Sequence[Cut]) -> tuple[dict[str, int], dic
         except Exception as error:  # noqa: BLE001  # whatever the library raises, the model cannot be cut here
             faults.setdefault("logits", f"cut {cut[0]}:{cut[1]}: {one_line(error)}")
             continue
-        checks = [*chain.checks(), *(chain.single_checks() if cut == cuts[0] else ())]
+        single_checks = chain.single_checks() if cut == cuts[0] else ()
+        checks = [*chain.checks(), *single_checks]
         for check, find_difference in checks:
             # The first difference of a check is the one that is reported.
             if check in faults:

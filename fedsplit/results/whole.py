@@ -315,7 +315,10 @@ def score(
         labels = rows.labels if rows.labels.ndim == 1 else rows.labels[:, 1:]
         further = {}
         if MASK in asked:
-            further[MASK] = torch.ones_like(labels, dtype=torch.bool) if rows.mask is None else rows.mask[:, 1:]
+            if rows.mask is None:
+                further[MASK] = torch.ones_like(labels, dtype=torch.bool)
+            else:
+                further[MASK] = rows.mask[:, 1:]
         if REFERENCE in asked:
             further[REFERENCE] = reference_logits(model, rows, logits).float()
         if objective is None:

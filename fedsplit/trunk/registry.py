@@ -78,7 +78,8 @@ class AdapterRegistry:
         self.master: Master | None = None
         self._mirror: Mirror | None = None
         if join is not None:
-            peers, self.master = join(functools.partial(TrainableAdapter, start.tensors, settings, True, device=device))
+            make = functools.partial(TrainableAdapter, start.tensors, settings, True, device=device)
+            peers, self.master = join(make)
             self._mirror = Mirror(peers, self.shared, counts)
         self._copies = ClientCopies(self._new, start.layers, keeps_moments=settings.optimizer_state == "keep")
         self._sums: dict[int, GradientSum] = {}

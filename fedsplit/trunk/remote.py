@@ -164,7 +164,9 @@ class RemoteTrunk(TrunkPort):
         with self._guard:
             finish = self._finish
             self._finish = lambda: None
-            lines = [*self._lines.values(), *([self._operator] if self._operator else [])]
+            lines = list(self._lines.values())
+            if self._operator:
+                lines.append(self._operator)
             self._lines.clear()
             self._operator = None
         # Outside of the guard, since both wait for the server.

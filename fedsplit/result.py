@@ -66,6 +66,7 @@ class Result:
         import pandas
 
         table = pandas.DataFrame(list(self._rows()), columns=list(COLUMNS))
+        # Without this, a column of missing values alone would have the type of objects.
         return table.astype({"perplexity": "float64", "accuracy": "float64", "tokens": "Int64"})
 
     def _rows(self) -> Iterator[dict[str, Any]]:

@@ -219,6 +219,7 @@ def read(*parts: Part) -> Adapters:
     layers: dict[str, Layer] = {}
     for part in parts:
         for name, parameter in parameters(part).items():
+            # A copy, since training changes the parameters in place.
             tensors[name] = parameter.detach().to(CPU, copy=True)
         layers |= layers_of(part)
     return Adapters(tensors, layers)

@@ -91,6 +91,7 @@ def check_objective(objective: Objective | None) -> list[Check]:
         return function(given.logits, given.labels, **given.further)
 
     def loss_and_gradient(given: Batch) -> tuple[Tensor, Tensor]:
+        # A copy for each call, since the gradients of two calls would add up in one tensor.
         copy = given.copy()
         copy.logits.requires_grad_()
         loss = call(copy)
@@ -227,6 +228,7 @@ def _of_side_effects(batch: Batch, call: Callable[[Batch], Any]) -> list[Trial]:
 def _with_other_logits(batch: Batch) -> Batch:
     """Returns a batch with other logits where nothing is predicted."""
     copy = batch.copy()
+    # Another seed than that of the batch, so that the logits differ.
     generator = torch.Generator().manual_seed(1)
     other = torch.randn(copy.logits.shape, generator=generator)
     hidden = (copy.labels == IGNORED)[..., None]

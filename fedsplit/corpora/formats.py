@@ -126,6 +126,7 @@ def read_rows(table: Table, reading: Reading) -> Texts:
         >>> row.labels[0], row.labels[-1]  # nothing is predicted in the prompt; the last label is the end token
         (-100, 0)
     """
+    # Before the texts are encoded, which takes long: a missing owner is reported at once.
     keys = _keys(table, reading)
     readers = {
         "text": _text,
@@ -224,6 +225,7 @@ def _text(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
         has_tokens = len(ids) > len(tokenizer.beginning)  # beside the special tokens that the tokenizer adds
         if has_tokens:
             ended = tokenizer.end_text(ids, reading.end)
+            # One object for tokens and labels, which `stack` then stores once.
             tokens.append((number, ended, ended))
     return tokens
 

@@ -296,6 +296,7 @@ def partition_by_sequence(
         parts = [_split_blocks([blocks[index] for index in part]) for part in indices]
     else:
         separate_blocks = by_source(separate.rows)
+        # In turn, so that every client gets text from the whole table.
         held_out = [_flat(separate_blocks[client::clients]) for client in range(clients)]
         _check_held_out(sharder, held_out)
         train = [_flat(blocks[index] for index in part) for part in indices]

@@ -118,6 +118,7 @@ class Site:
             InputError: The site does not play the run, or its data cannot be used.
         """
         config = self.settings_for(from_document(json.loads(request.briefing.run)))
+        # Absolute, since the processes of a SuperNode work in another folder.
         root = (self.folder / _checked_name(request.briefing.store)).absolute()
         if not shard_file(root, self.client).exists():
             check_model(config, request.briefing.model)

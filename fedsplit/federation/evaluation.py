@@ -206,6 +206,7 @@ def _ask(
 
 def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -> RoundEvaluated:
     """Returns the event that reports an evaluation."""
+    # Before the bytes of the event are read, so that the clients' files are among them.
     state.totals.traffic.update(parties.clients.take_shipped())
     sent = state.totals.bytes_since(RoundEvaluated.name, parties.trunk.status().traffic.document())
     has_classes = bool(state.accuracy)

@@ -170,6 +170,7 @@ class Federation:
         """Returns the parties of the run, with the current trunk."""
         job = self._job
         at_sites = self._config.data.at == "site"
+        # Only sites have base models of their own to compare.
         digests = json.dumps(dict(job.folder.content.model)) if at_sites else ""
         briefing = Briefing(
             run=json.dumps(as_document(self._config)),

@@ -117,6 +117,7 @@ def _play(strategy: Any, config: Config, start: Adapters) -> None:
         facts = read_facts(config_folder(config.model))
         _try_stage(stage, updates[0], facts.width)
     tasks = {client: one.task for client, one in assigned.items()}
+    # Mods come between the updates and the strategy, as in a run.
     updates, replies = _sent(config, updates, tasks)
     aggregation.aggregate(1, start, updates, replies)
 

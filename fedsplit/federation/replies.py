@@ -112,6 +112,7 @@ def to_update(
         RefusedUpdate: Names, shapes, types, values or counts are not possible.
     """
     tensors = _trained_tensors(reply, given, trained, sender)
+    # Without a trained tensor, there is nothing that a control variate could belong to.
     _check_groups(reply, control if trained else "none", sender)
     control_change = _control_change(reply, given, tensors, sender) if CONTROL in reply.tensors else {}
 

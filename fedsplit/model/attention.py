@@ -39,6 +39,7 @@ _WIDE = "fedsplit_wide"
 """Name of `_attention` in the library."""
 
 AttentionInterface.register(_WIDE, _attention)
+# For an attention without a mask function of the same name, the library makes no mask.
 AttentionMaskInterface.register(_WIDE, sdpa_mask)
 
 

@@ -291,6 +291,7 @@ class Top(Part):
         is_plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if fused and is_plain:
             return causal_loss(states, head.weight, labels, self.cap)
+        # Every other head, at the cost of all logits in memory.
         return ForCausalLMLoss(self.predict(states), labels, head.out_features)
 
     def forward(

@@ -185,6 +185,7 @@ def _packed_in_four(data: Tensor, statistics: Mapping[str, Tensor]) -> PackedWei
     for key, size in sizes.items():
         if key not in statistics or statistics[key].shape != (size,):
             raise ValueError(f"its {key} does not belong to a weight of the shape {list(shape)}")
+    # Scales that are quantised, too, are codes of 8 bits.
     is_packed = statistics["absmax"].dtype == (torch.uint8 if is_nested else torch.float32)
     has_all_bytes = data.nbytes == math.ceil(math.prod(shape) / 2)
     if not is_packed or not has_all_bytes or state["quant_type"] != kind:

@@ -146,6 +146,7 @@ def unsplit_with(
     """
     config = read_config(path)
     if hasattr(config, "quantization_config"):
+        # The given weights are decoded, and with this key the library would expect quantised ones.
         del config.quantization_config
     if classes:
         config.num_labels, config.pad_token_id = classes, pad

@@ -96,6 +96,7 @@ def _read(name: str, classifies: bool) -> Proof | None:
     """
     try:
         document = json.loads((_folder() / name).read_text(encoding="utf-8"))
+        # A damaged file raises one of the errors below as its values are converted.
         cuts = tuple((int(low), int(high)) for low, high in document["cuts"])
         equal = {str(name): int(count) for name, count in document["equal"].items()}
         faults = {str(name): str(words) for name, words in document["faults"].items()}

@@ -291,6 +291,7 @@ class _Calls:
                 answer = getattr(self._actor, method).remote(*args)
             except ray.exceptions.RayActorError as error:
                 raise _lost(error) from error
+        # Not reached: the last attempt returns or raises.
         return None
 
 

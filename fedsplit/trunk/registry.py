@@ -166,6 +166,7 @@ class AdapterRegistry:
             return None
 
         packet = packets[0]
+        # Each part of a step brings its share of the regularisation, so that the sum of all parts has it once.
         gradients = adapter.regularised(snapshot, gradients, 1 / packet.parts)
         if self.clips:
             whole = self._joined(self._unclipped, packet, snapshot, gradients)

@@ -246,6 +246,7 @@ class ServedTrunk:
         if self._run is not None:
             self._run.close()
             self._run = None
+            # Objects that refer to each other would keep the weights of the run until a later collection.
             gc.collect()
 
     def _as_bytes(self, kind: type[Any], reply: Any) -> bytes:

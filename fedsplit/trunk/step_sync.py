@@ -369,5 +369,6 @@ class Mirror:
             return
         self._adapter.write(newest.tensors)
         self._version = newest.version
+        # Steps that other replicas made meanwhile count, too: every replica reports all steps.
         self._counts.steps += max(0, newest.steps - self._steps)
         self._steps = newest.steps

@@ -74,6 +74,7 @@ def format_of(table: Table, data: DataSettings) -> str:
     """
     if data.format != "auto":
         return data.format
+    # Before the column of texts, since Alpaca's column of this name has prompt and answer in one.
     if is_alpaca(table.columns, data):
         return "instruction"
     if data.text in table.columns:

@@ -214,6 +214,7 @@ def make_site(values: Mapping[str, object], options: Mapping[str, Any]) -> Site:
     Raises:
         InputError: A value is not possible. All errors are reported together.
     """
+    # Collected, so that a user reads all errors of the file at once.
     errors: list[InputError] = []
     errors += [SettingError(table, "a table", "none of a site") for table, given in options.items() if given]
     fields = {name: values.get(name) for name in _FIELDS}

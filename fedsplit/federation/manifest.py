@@ -213,6 +213,7 @@ def read(folder: Path) -> Manifest:
         content = Content(
             data=str(held["data"]),
             model=dict(held["model"]),
+            # Manifests of older versions may lack this entry and the next one.
             start=dict(held.get("init_adapter", {})),
             code=dict(held.get("code", {})),
         )

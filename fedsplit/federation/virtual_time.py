@@ -330,6 +330,7 @@ def operations_of(config: Config) -> Operations:
     """Returns the numbers of operations of a run's parts."""
     parts: dict[str, Part] = {}
 
+    # A run has few different shapes of batches, and each is counted once.
     @functools.cache
     def flops(kind: str, rows: int, length: int) -> Flops:
         if kind not in parts:

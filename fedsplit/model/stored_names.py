@@ -122,6 +122,7 @@ class _Rules:
         """Returns the name of a parameter, and the pattern of its converter, for a name in the files."""
         candidates = [name]
         if _NESTED in name:
+            # The text model alone has the name behind the nesting, with or without the name of its decoder before it.
             inner = name.rpartition(_NESTED)[2]
             candidates += [inner, f"{self._prefix}.{inner}"]
         for candidate in candidates:

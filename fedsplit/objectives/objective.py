@@ -139,6 +139,7 @@ def demands_of(objective: Objective | None, spec: str = "") -> Demands:
     """
     if objective is None:
         return Demands()
+    # The signature of the check says nothing about what the user's function asks for.
     if isinstance(objective, _Checked):
         return objective.demands
     mean_over = getattr(objective, "mean_over", "labels")

@@ -123,6 +123,8 @@ def _with_use(card: str, adapter: Adapter, repository: str, with_base: bool) -> 
         f'model = AutoPeftModelFor{kind}.from_pretrained("{repository}", dtype="float32")',
     ]
     if with_base:
+        # transformers would take a repository with both for the adapter alone, so that base and adapter are opened in
+        # turn.
         classes = f", num_labels={len(adapter.classes)}" if adapter.classes else ""
         opening = f'from_pretrained("{repository}", dtype="float32"{classes})'
         lines = [
@@ -138,6 +140,7 @@ def _with_use(card: str, adapter: Adapter, repository: str, with_base: bool) -> 
         use += f"\n\nThe base model is not on the Hub: put its folder into {where}."
     if not with_base and adapter.model in ON_HUB:
         use += "\n\nThe run's base had these weights in fewer bits: losses differ a little."
+    # Only the section on use is replaced, whose code opens a folder of the run.
     before, found, rest = card.partition("## Use\n")
     if not found:
         return f"{card}\n{use}\n" if card else f"---\nlibrary_name: peft\n---\n\n{use}\n"

@@ -162,6 +162,7 @@ class RemoteTrunk(TrunkPort):
     def kill(self) -> None:
         """Ends the run and all connections. The trunk's process goes on, and may serve another run."""
         with self._guard:
+            # Told once, though `kill` may be called again.
             finish = self._finish
             self._finish = lambda: None
             lines = list(self._lines.values())

@@ -321,6 +321,7 @@ def difference(
 def _comparable(value: object) -> object:
     """Returns a value of PEFT's in a form that survives JSON: without sets, tuples or enumerations."""
     if isinstance(value, set | list | tuple):
+        # Sorted, since a set of PEFT's has no order.
         return ",".join(sorted(map(str, value))) or None
     return getattr(value, "value", value)
 

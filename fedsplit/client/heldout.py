@@ -85,6 +85,7 @@ def through_split(
         A score for each batch.
     """
     lora.write(given, client.bottom, client.top)
+    # Without dropout, which training has turned on in the shared parts.
     client.bottom.eval()
     client.top.eval()
     measure_batch = _measure_classes if client.top.classifies else _measure_tokens

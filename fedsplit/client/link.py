@@ -131,6 +131,7 @@ class PendingStep:
         tensors = {"gradient": encoded, **self._link.numbers(self._examples)}
         if self.sums is not None and self.sums.probabilities.grad is not None:
             tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
+        # Without waiting: the client goes on with the next micro-batch, and `finish` takes the answer.
         self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
 
     def finish(self, below: Iterable[Tensor] = ()) -> None:

@@ -354,6 +354,7 @@ def _of_split(
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
 
     names = dict.fromkeys(name for part in parts for name in by_split[part.splitname])
+    # A column of one split alone is filled with None for the others.
     joined: dict[str, list[Any]] = {name: [] for name in names}
     for part in parts:
         columns = by_split[part.splitname]

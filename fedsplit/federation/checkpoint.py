@@ -182,6 +182,8 @@ class RunFolder:
             self._lock = lock(path)  # held for as long as this object lives
         if config.resume:
             self._go_on()
+        # After the search for a checkpoint, so that a resumed run that is refused leaves the earlier settings as they
+        # are.
         write_text(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def _go_on(self) -> None:

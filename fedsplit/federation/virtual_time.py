@@ -59,7 +59,7 @@ class VirtualTime:
         missing = {}
         for client in clients:
             availability = self.field.profiles[client].availability
-            # A seed has 63 bits, so that the quotient is below 1, and a client with availability 1 is never missing.
+            # A seed has 63 bits, so that the quotient is a draw between 0 and 1.
             drawn = derive_seed(self._config.seed, "availability", client, round) / 2**63
             if drawn >= availability:
                 missing[client] = f"it is not available (availability {plain_number(availability)})"

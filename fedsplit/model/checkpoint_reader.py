@@ -233,6 +233,7 @@ class CheckpointReader:
         # first.
         key = source.names[0] if source.is_plain else name
         if key not in self._parameters:
+            # Mapped if possible: processes with the same file then share its pages.
             tensor = self._mapped(key) if source.is_plain else None
             if tensor is None:
                 tensor = self._assembled(name, source)

@@ -65,6 +65,7 @@ def parse(name: str) -> HubName | None:
 
 def _reason(error: Exception, name: HubName) -> str:
     """Explains an error of the Hub's library in one line."""
+    # First, since the error of a restricted repository is also one of a repository that is not found.
     if isinstance(error, GatedRepoError):
         return "access to it is restricted: ask for it on its page, then set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):

@@ -196,6 +196,7 @@ class _Loss(torch.autograd.Function):
         step = -(-count // runs) if count else 1
         # All runs use the same memory: fresh pages would cost as much as a pass over them.
         buffer = torch.empty(min(step, count), size, dtype=head.dtype, device=rows.device)
+        # The soft cap and the softmax need float32. Logits in 16 bits are converted in memory of their own.
         wide = None if head.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
 
         for start in range(0, count, step):
@@ -209,8 +210,10 @@ class _Loss(torch.autograd.Function):
                 continue
             _Loss._to_gradient(scores, label, products, start, cap, nats)
             if slope is not None:
+                # By the chain rule, the gradient also passes through the soft cap.
                 scores.mul_(slope)
             if scores is not logits:
+                # Back in the type of the head, in which the products of the gradients are computed.
                 logits.copy_(scores)
             products.back(run, logits)
             del logits, scores  # the memory is free before the next run allocates memory
@@ -398,6 +401,7 @@ class _LoraLinear(torch.autograd.Function):
             by_rank = torch.mm(low, rows)
             for_up = by_rank.t().contiguous().to(adapter_type).mul_(ctx.scaling)
         if to_x or to_down:
+            # The gradients by the input and by A share this product.
             back = torch.mm(up.t(), rows.t()).mul_(ctx.scaling)
             keep = None if mask is None else mask.to(rows.dtype)
         if to_x:

@@ -274,6 +274,7 @@ def _fill_pieces(
             module.bias = checkpoint.piece(f"{stored}.bias", 0, place, device)
         elif module.bias is not None:  # outputs are added, and the bias counts once
             module.bias = checkpoint.parameter(f"{stored}.bias", device) if shard.rank == 0 else None  # type: ignore
+        # PEFT gives the factors of an adapter the sizes in these attributes.
         module.out_features, module.in_features = module.weight.shape
     return list(styles)
 

@@ -136,6 +136,7 @@ def moments(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Te
     """
     if optimizer is None:
         return {}
+    # By identity: the optimiser's state has the parameters themselves as keys.
     names = {id(parameter): name for name, parameter in parameters.items()}
     copied = {}
     for parameter, state in optimizer.state.items():

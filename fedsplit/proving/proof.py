@@ -134,6 +134,7 @@ def prove(config: PretrainedConfig, classifies: bool = False) -> Proof:
     try:
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # The same weights in every proof, so that a difference can be found again.
             torch.manual_seed(0)
             subject = kind(Path(folder), small, family)
             equal, faults = _compare(subject, cuts)

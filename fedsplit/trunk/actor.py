@@ -160,6 +160,7 @@ class TrunkActor:
         """Carries out a control message."""
         reply: Any = await _settled(lambda done: self._service.request(message, done))
         if isinstance(reply, TrunkStatus) and self._socket:
+            # The service itself knows nothing of sockets.
             reply = replace(reply, over_socket=self._socket.taken)
         return reply
 

@@ -124,6 +124,7 @@ class Blocks:
             training: True for dropout.
             is_adapted: False for the base weights alone.
         """
+        # The lock comes first: mode, generators and adapter of the part belong to one forward at a time.
         with self._running, torch.set_grad_enabled(keeps_graph), _seeded(seed, self._generators, self.device):
             if self.part.training != training:  # `train` visits every module of the part
                 self.part.train(training)

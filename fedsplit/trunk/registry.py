@@ -115,6 +115,7 @@ class AdapterRegistry:
             begins: True for a training step. Under `copies`, the client's first training step creates the copy.
         """
         if begins and self._mirror is not None:
+            # Other replicas may have made steps since the last refresh.
             self._mirror.refresh()
         copy = self._copies.get(client)
         if copy is None and begins and self._schedule.personal:
@@ -330,6 +331,7 @@ class AdapterRegistry:
         if self._schedule.sums:
             self.close_window(finished)  # gradients of a client that dropped out do not count
         if self._mirror is not None:
+            # Between rounds the adapter is read from one replica, so that all must have the same.
             self._mirror.refresh()
         self._copies.end_round(finished)
         self._unclipped.clear()

@@ -97,6 +97,7 @@ class ServedRun:
             self._is_over = True
             waiting = list(self._waiting.values())
             self._waiting.clear()
+        # Before the thread is waited for, which may be in a long step.
         for done, over in waiting:
             done(over)
         self._service.close()

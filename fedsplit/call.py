@@ -148,7 +148,8 @@ def _draft(config: Config | str | os.PathLike[str] | None, keywords: Mapping[str
         if not isinstance(keywords.get(table, {}), Mapping):
             collector.extend([SettingError(table, keywords[table], "a table")])
             hidden.add(table)
-    values, options = _by_dotted_name({name: value for name, value in keywords.items() if name not in hidden})
+    visible = {name: value for name, value in keywords.items() if name not in hidden}
+    values, options = _by_dotted_name(visible)
 
     file = None
     if isinstance(config, Config):

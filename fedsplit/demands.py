@@ -81,7 +81,12 @@ stay with their parties), is not possible; allowed: a function of logits, labels
     return frozenset(parameter.name for parameter in parameters if parameter not in first) & {*FURTHER}
 
 
-def invented(names: Collection[str], logits: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def invented(
+    names: Collection[str],
+    logits: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
     """Returns further arguments for a trial.
 
     Args:

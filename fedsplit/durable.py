@@ -95,7 +95,8 @@ def write_secret(path: Path, content: bytes) -> None:
         >>> oct(path.stat().st_mode)
         '0o100600'
     """
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
         file.write(content)
 
 

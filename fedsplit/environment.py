@@ -104,7 +104,8 @@ def prefer_installed() -> None:
     if here == package_parent:
         return
     working = [entry for entry in sys.path if Path(entry).resolve() == here]
-    sys.path[:] = [entry for entry in sys.path if entry not in working] + working[:1]
+    others = [entry for entry in sys.path if entry not in working]
+    sys.path[:] = others + working[:1]
 
 
 _ray_is_open = False

@@ -148,7 +148,8 @@ class Adapters:
         a, b = self.factors(layer)
         # PEFT's layout: the rows of A go expert by expert, and the columns of B rank by rank.
         downs = a.double().unflatten(0, (experts, -1))
-        ups = (b.double() * self.scaling(layer)).unflatten(1, (-1, experts))
+        scaled = b.double() * self.scaling(layer)
+        ups = scaled.unflatten(1, (-1, experts))
         return [LowRank(ups[:, :, expert], downs[expert]) for expert in range(experts)]
 
     def weight_name(self, layer: str) -> str:
@@ -233,7 +234,9 @@ class Adapters:
             outputs = b.shape[0]
             inputs = a.shape[1]
             down = torch.cat([a[:rank], a.new_zeros(added_rank, inputs)])
-            up = torch.cat([b[:, :rank] * ratio, b.new_zeros(outputs, added_rank)], dim=1)
+            remaining_columns = b[:, :rank] * ratio
+            added_columns = b.new_zeros(outputs, added_rank)
+            up = torch.cat([remaining_columns, added_columns], dim=1)
             factors[layer] = down, up
         return self.with_factors(factors)
 
@@ -293,7 +296,8 @@ class Adapters:
             has_one_inner_dimension = change.up.shape[1] == change.down.shape[0]
             if not (has_shape_of_layer and has_one_inner_dimension):
                 raise RefusedUpdate(f"{sender} wants to fold a matrix of shape {change.shape} into {layer}")
-            if not (torch.isfinite(change.up).all() and torch.isfinite(change.down).all()):
+            are_finite = torch.isfinite(change.up).all() and torch.isfinite(change.down).all()
+            if not are_finite:
                 raise RefusedUpdate(f"{sender} wants to fold NaN or infinite values into {layer}")
 
 

@@ -95,7 +95,8 @@ def _decimals(value: float, unlike: float | None) -> int:
     """Returns the least number of decimals, from 1, that tells a value from another one."""
     if unlike is None or value == unlike:
         return 1
-    return next((some for some in range(1, 16) if round(value, some) != round(unlike, some)), 16)
+    sufficient = (some for some in range(1, 16) if round(value, some) != round(unlike, some))
+    return next(sufficient, 16)
 
 
 def fitted(fields: Sequence[str], width: int = WIDTH) -> str:
@@ -140,6 +141,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
-        numbers = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
+        pairs = zip(others, widths[1:], strict=True)
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in pairs]
+        lines.append("  ".join(cells).rstrip())
     return lines

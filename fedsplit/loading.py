@@ -141,7 +141,8 @@ def _import_file(kind: Kind, path: Path) -> ModuleType:
         SettingError: There is no such file, or an error was raised while it ran.
     """
     # Two files of one name in different folders must not become one module.
-    digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]
+    place = os.fsencode(os.path.abspath(path))
+    digest = hashlib.sha256(place).hexdigest()[:8]
     name = f"fedsplit_user_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not os.path.isfile(path):
@@ -218,7 +219,11 @@ def options_by_name(kind: Kind, specs: Sequence[str], options: Mapping[str, Any]
 
 
 def make(
-    kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any], setting: str | None = None
+    kind: Kind,
+    spec: str,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    setting: str | None = None,
 ) -> Any:
     """Calls the class that a name stands for, and returns the object. A function is returned as it is.
 
@@ -256,7 +261,12 @@ def make(
         raise SettingError(kind.setting, spec, f"options that it takes ({what})") from error
 
 
-def check_options(kind: Kind, spec: str, options: Mapping[str, Any], setting: str) -> Any:
+def check_options(
+    kind: Kind,
+    spec: str,
+    options: Mapping[str, Any],
+    setting: str,
+) -> Any:
     """Makes sure that a class takes the user's options, without calling the class.
 
     Args:

@@ -66,6 +66,7 @@ class Result:
         import pandas
 
         table = pandas.DataFrame(list(self._rows()), columns=list(COLUMNS))
+        # Without this, a column of missing values alone would have the type of objects.
         return table.astype({"perplexity": "float64", "accuracy": "float64", "tokens": "Int64"})
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -92,7 +93,8 @@ class Result:
                 "elapsed": event["elapsed"],
             }
 
-        yield {**row(ALL, event["loss"]), "tokens": event["tokens"], "accuracy": event.get("accuracy")}
+        of_all = row(ALL, event["loss"])
+        yield {**of_all, "tokens": event["tokens"], "accuracy": event.get("accuracy")}
         for client, loss in event["clients"].items():
             name = f"{client} (client)" if client == ALL else client  # a client may be called as the row of all clients
             yield row(name, loss)
@@ -112,7 +114,8 @@ class Result:
             axes.plot(rows["round"], rows["loss"], color="C0", alpha=0.25, linewidth=1)
         for split, colour in (("held_out", "C0"), ("train", "C1")):
             rows = losses[(losses.split == split) & (losses.client == ALL)]
-            axes.plot(rows["round"], rows["loss"], color=colour, marker="o", label=split.replace("_", "-"))
+            label = split.replace("_", "-")
+            axes.plot(rows["round"], rows["loss"], color=colour, marker="o", label=label)
         axes.set_xlabel("round")
         axes.set_ylabel("loss (nats)")
         axes.set_title(f"{self._run.name}: {self.config.strategy}")

@@ -45,7 +45,10 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A strategy may return both.
     """
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return copies
 
 
 def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:

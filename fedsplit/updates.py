@@ -225,7 +225,10 @@ def average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def average_adapters(
-    adapters: Adapters, updates: Sequence[ClientUpdate], shares: Sequence[float], factors: frozenset[str] = FACTORS
+    adapters: Adapters,
+    updates: Sequence[ClientUpdate],
+    shares: Sequence[float],
+    factors: frozenset[str] = FACTORS,
 ) -> Adapters:
     """Returns adapters in which the tensors of the updates are replaced by their weighted means.
 

@@ -62,6 +62,8 @@ def save(
         # A layer with a different rank from the configuration's gets an entry in the patterns, with a scaling of 1.
         key = pattern_name(layer, config)
         config.rank_pattern[key] = change.rank
+        # The factors of a change contain the scaling. rsLoRA divides alpha by the root of the rank, plain LoRA by the
+        # rank.
         config.alpha_pattern[key] = change.rank**0.5 if settings.rslora else change.rank
         tensors[f"{layer}.lora_A.weight"] = change.down.float()
         tensors[f"{layer}.lora_B.weight"] = change.up.float()

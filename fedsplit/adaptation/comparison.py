@@ -68,7 +68,12 @@ def distance(first: LowRank, second: LowRank) -> Distance:
         2.0
     """
     difference = first - second
-    return Distance(first.norm(), second.norm(), difference.norm(), first.inner(second))
+    return Distance(
+        first=first.norm(),
+        second=second.norm(),
+        apart=difference.norm(),
+        inner=first.inner(second),
+    )
 
 
 def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:

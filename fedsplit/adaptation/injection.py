@@ -102,7 +102,11 @@ def _refused(settings: LoraSettings, error: Exception) -> SettingError:
 
 
 def _adapted_layers(
-    settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str], head: str
+    settings: LoraSettings,
+    family: Family,
+    blocks: Sequence[int] | None,
+    known: set[str],
+    head: str,
 ) -> dict[str, Any]:
     """Returns the fields of PEFT's configuration that select the adapted layers."""
     is_for_norms = method_of(settings).norms
@@ -172,7 +176,14 @@ def inject(part: Part | PreTrainedModel, config: PeftConfig, seed: int) -> None:
 
     class Seeded(tuner):  # type: ignore[misc, valid-type]  # PEFT has no types
         # PEFT calls this method once for each layer, and draws the layer's initial values in it.
-        def _create_and_replace(self, config: PeftConfig, name: str, *args: Any, current_key: str, **more: Any) -> None:
+        def _create_and_replace(
+            self,
+            config: PeftConfig,
+            name: str,
+            *args: Any,
+            current_key: str,
+            **more: Any,
+        ) -> None:
             with _seeded(derive_seed(seed, "adapter", unsplit_name(current_key))):
                 super()._create_and_replace(config, name, *args, current_key=current_key, **more)
 

@@ -45,6 +45,7 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
         if is_special or isinstance(dropout, PieceDropout):  # PEFT's code
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
+        # `lora_linear` takes a weight as (in, out), as a `Conv1D` stores it.
         weight = base.weight if self.fan_in_fan_out else base.weight.t()
         down = self.lora_A[ADAPTER].weight
         up = self.lora_B[ADAPTER].weight
@@ -57,6 +58,7 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
         inputs = self.lora_dropout[ADAPTER](hidden.to(weight.dtype))
         down = self.lora_A[ADAPTER].weight.to(weight.dtype)
         up = self.lora_B[ADAPTER].weight.to(weight.dtype)
+        # Scaled here, where a row has as many values as the rank, and not as the vocabulary.
         low = functional.linear(inputs, down) * self.scaling[ADAPTER]
         return causal_loss(hidden, weight, labels, cap, low, up)
 
@@ -217,6 +219,7 @@ def read(*parts: Part) -> Adapters:
     layers: dict[str, Layer] = {}
     for part in parts:
         for name, parameter in parameters(part).items():
+            # A copy, since training changes the parameters in place.
             tensors[name] = parameter.detach().to(CPU, copy=True)
         layers |= layers_of(part)
     return Adapters(tensors, layers)

@@ -53,7 +53,12 @@ class Method:
     allocates: bool = False
 
 
-def _lora(factors: bool = True, residual: bool = False, transposed: bool = True, **preset: object) -> Method:
+def _lora(
+    factors: bool = True,
+    residual: bool = False,
+    transposed: bool = True,
+    **preset: object,
+) -> Method:
     return Method(
         kind="LORA",
         rank="r",

@@ -38,7 +38,12 @@ _FILE_FIELDS = frozenset(
 """Fields of PEFT's configurations that do not follow from a run's settings."""
 
 
-def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0, shard: Shard | None = None) -> list[Any]:
+def bare_parts(
+    config: Config,
+    kinds: Sequence[Kind],
+    classes: int = 0,
+    shard: Shard | None = None,
+) -> list[Any]:
     """Loads parts by the settings of a run, without adapters.
 
     Args:
@@ -102,7 +107,9 @@ def outlined(config: Config, kind: Kind, classes: int = 0) -> Any:
     """
     config = _without_values(config)
     folder = config_folder(config.model, weights=False)
-    part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes)
+    dtype = TYPES[config.dtype]
+    fused = config.kernels == "fused"
+    part = empty_part(folder, config.bounds, kind, dtype, fused, classes)
     part.requires_grad_(False)  # adapters are added to frozen base weights only
     with torch.device("meta"):
         _add(part, config)
@@ -120,7 +127,9 @@ def weightless(config: Config, kind: Kind) -> Part:
         The part, with base weights on the meta device and adapters on the CPU.
     """
     folder = config_folder(config.model)
-    part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
+    dtype = TYPES[config.dtype]
+    fused = config.kernels == "fused"
+    part = empty_part(folder, config.bounds, kind, dtype, fused, classes=0)
     part.requires_grad_(False)
     with torch.device("meta"):
         _add(part, config)
@@ -312,6 +321,7 @@ def difference(
 def _comparable(value: object) -> object:
     """Returns a value of PEFT's in a form that survives JSON: without sets, tuples or enumerations."""
     if isinstance(value, set | list | tuple):
+        # Sorted, since a set of PEFT's has no order.
         return ",".join(sorted(map(str, value))) or None
     return getattr(value, "value", value)
 

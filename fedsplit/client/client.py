@@ -50,6 +50,7 @@ def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
         >>> _weighted_mean([torch.tensor(1.0), torch.tensor(4.0)], counts=[2, 1])
         2.0
     """
+    # Scaled to a mean of 1: equal counts then give weights of exactly 1, which leave every loss as it is.
     weights = torch.tensor(counts, dtype=torch.float64) * len(counts) / sum(counts)
     by_step = torch.stack(list(losses)).cpu()  # one copy from the device, and not one for each step
     return float((by_step * weights.float()).mean())
@@ -203,7 +204,16 @@ class Client(SplitStep):
             seed_generators(derive_seed(self.seed, "client", self.number, round, step), [device])
             key = StepKey(round, self.number, next(keys))
             try:
-                loss = self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys, examples=examples)
+                loss = self.step(
+                    rows.ids,
+                    key,
+                    rows.mask,
+                    rows.labels,
+                    rate,
+                    terms=terms,
+                    keys=keys,
+                    examples=examples,
+                )
             except UnboundedStep as error:
                 raise self._diverged(str(error)) from error
             losses.append(loss)

@@ -30,7 +30,8 @@ def aligned_mask(labels: Tensor, mask: Tensor | None) -> Tensor:
         tensor([[ True, False]])
     """
     if mask is None or labels.ndim == 1:
-        return torch.ones_like(labels if labels.ndim == 1 else labels[:, 1:], dtype=torch.bool)
+        aligned = labels if labels.ndim == 1 else labels[:, 1:]
+        return torch.ones_like(aligned, dtype=torch.bool)
     return mask[:, 1:].bool()
 
 

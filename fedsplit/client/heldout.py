@@ -23,7 +23,12 @@ Batches = Sequence[tuple[int, Sequences]]
 """Numbers of batches, and their sequences."""
 
 
-def held_out_batches(shard: Shard, most: int, batch_size: int, rows: int = 1) -> list[tuple[int, Sequences]]:
+def held_out_batches(
+    shard: Shard,
+    most: int,
+    batch_size: int,
+    rows: int = 1,
+) -> list[tuple[int, Sequences]]:
     """Returns a client's held-out text in numbered batches.
 
     Args:
@@ -80,6 +85,7 @@ def through_split(
         A score for each batch.
     """
     lora.write(given, client.bottom, client.top)
+    # Without dropout, which training has turned on in the shared parts.
     client.bottom.eval()
     client.top.eval()
     measure_batch = _measure_classes if client.top.classifies else _measure_tokens
@@ -94,7 +100,12 @@ def through_split(
     return scores
 
 
-def _measure_tokens(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
+def _measure_tokens(
+    client: Client,
+    key: StepKey,
+    rows: Sequences,
+    metrics: Mapping[str, Metric],
+) -> Score:
     """Measures how well a client predicts the tokens of a batch."""
     virtual = client.bottom.virtual
     # Only virtual tokens could predict the first token. Without it, the same tokens count for all adapter methods.
@@ -117,7 +128,12 @@ def _measure_tokens(client: Client, key: StepKey, rows: Sequences, metrics: Mapp
     return Score(nats, rows.predicted, metrics=measure(metrics, logits, aligned_labels, further))
 
 
-def _measure_classes(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
+def _measure_classes(
+    client: Client,
+    key: StepKey,
+    rows: Sequences,
+    metrics: Mapping[str, Metric],
+) -> Score:
     """Measures how well a client predicts the classes of a batch."""
     hidden = client.bottom(rows.ids, rows.mask)
     hidden = client.link.evaluate(hidden, key, rows.mask)
@@ -129,7 +145,12 @@ def _measure_classes(client: Client, key: StepKey, rows: Sequences, metrics: Map
     return Score(float(nats), len(rows), right, sums)
 
 
-def _measure_pairs(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
+def _measure_pairs(
+    client: Client,
+    key: StepKey,
+    rows: Sequences,
+    metrics: Mapping[str, Metric],
+) -> Score:
     """Measures how well a client prefers the chosen texts of a batch. The score counts pairs, and not tokens."""
     virtual = client.bottom.virtual
     labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)

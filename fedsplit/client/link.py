@@ -104,7 +104,15 @@ class PendingStep:
 
     def _role(self, kind: Literal["activation", "gradient"], direction: Literal["up", "down"]) -> Role:
         packet, hidden = self._packet, self._hidden
-        return Role(kind, direction, packet.key, packet.training, hidden.dtype, self._examples, hidden.numel())
+        return Role(
+            kind,
+            direction,
+            packet.key,
+            packet.training,
+            hidden.dtype,
+            self._examples,
+            hidden.numel(),
+        )
 
     def _settled(self) -> Packet:
         """Waits until the trunk has served the first packet."""
@@ -119,9 +127,11 @@ class PendingStep:
         if not self._returns or gradient is None:
             return
         role = self._role("gradient", "up")
-        tensors = {"gradient": self._link.codec.encode(gradient, role), **self._link.numbers(self._examples)}
+        encoded = self._link.codec.encode(gradient, role)
+        tensors = {"gradient": encoded, **self._link.numbers(self._examples)}
         if self.sums is not None and self.sums.probabilities.grad is not None:
             tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
+        # Without waiting: the client goes on with the next micro-batch, and `finish` takes the answer.
         self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
 
     def finish(self, below: Iterable[Tensor] = ()) -> None:
@@ -154,7 +164,8 @@ class PendingStep:
         """Sends the clipping coefficient of the whole step, and waits until the trunk has used the coefficient."""
         value = EXACT.encode(torch.tensor(coefficient, dtype=torch.float64))
         key = self._packet.clipping_key
-        answer = self._link.trunk.send(replace(self._packet, key=key, tensors={"coefficient": value}))
+        request = replace(self._packet, key=key, tensors={"coefficient": value})
+        answer = self._link.trunk.send(request)
         answer()  # the next step must not overtake: it would end this step before the trunk learns
 
 

@@ -99,7 +99,11 @@ def numbered(batches: Sequence[Sequence[MicroBatch]], examples: Sequence[int]) -
     left = iter(examples)
     with_numbers = []
     for parts in batches:
-        with_numbers.append([replace(part, examples=tuple(itertools.islice(left, len(part.ids)))) for part in parts])
+        numbered_parts = []
+        for part in parts:
+            of_part = tuple(itertools.islice(left, len(part.ids)))
+            numbered_parts.append(replace(part, examples=of_part))
+        with_numbers.append(numbered_parts)
     return with_numbers
 
 

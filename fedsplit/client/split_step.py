@@ -308,7 +308,13 @@ class SplitStep:
             crossing.finish(self.bottom.parameters())
         return torch.stack(losses).sum(), pending
 
-    def _send_reference(self, part: MicroBatch, key: StepKey, micros: int, batches: int) -> PendingReference | None:
+    def _send_reference(
+        self,
+        part: MicroBatch,
+        key: StepKey,
+        micros: int,
+        batches: int,
+    ) -> PendingReference | None:
         """Sends a micro-batch through the base model, too, if the objective compares with it. Nothing waits here.
 
         Args:

@@ -71,6 +71,7 @@ def batch_of(further: frozenset[str]) -> Batch:
     labels = torch.randint(VOCABULARY, (ROWS, POSITIONS), generator=generator)
     labels[:, 0] = IGNORED  # like a prompt
     labels[1, 4:] = IGNORED  # like padding
+    # Different numbers in both halves: otherwise a mean over labels and a mean over sequences would be equal.
     labels[2, 5:] = IGNORED
     labels[3, 3:] = IGNORED
     return Batch(logits, labels, invented(further, logits, labels, generator))
@@ -90,6 +91,7 @@ def check_objective(objective: Objective | None) -> list[Check]:
         return function(given.logits, given.labels, **given.further)
 
     def loss_and_gradient(given: Batch) -> tuple[Tensor, Tensor]:
+        # A copy for each call, since the gradients of two calls would add up in one tensor.
         copy = given.copy()
         copy.logits.requires_grad_()
         loss = call(copy)
@@ -111,7 +113,11 @@ def check_objective(objective: Objective | None) -> list[Check]:
             raise BrokenError("the gradient is zero everywhere")
 
     def again() -> None:
-        first, second = (dict(zip(("loss", "gradient"), loss_and_gradient(batch), strict=True)) for _ in range(2))
+        results = []
+        for _ in range(2):
+            loss, gradient = loss_and_gradient(batch)
+            results.append({"loss": loss, "gradient": gradient})
+        first, second = results
         require_equal(second, first, "a second call gives another result")
 
     def masked() -> None:
@@ -122,12 +128,15 @@ def check_objective(objective: Objective | None) -> list[Check]:
         require_equal({"the loss": other}, {"the loss": loss}, "logits where labels are -100 count", exact=False)
 
     def mean() -> None:
-        parts = [batch.rows(slice(0, ROWS // 2)), batch.rows(slice(ROWS // 2, ROWS))]
+        half = ROWS // 2
+        parts = [batch.rows(slice(0, half)), batch.rows(slice(half, ROWS))]
         weights = [_weight(demands.mean_over, part.labels) for part in parts]
         losses = [float(call(part.copy()).detach()) for part in parts]
-        expected = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
+        weighted = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
+        expected = sum(weighted) / sum(weights)
         found = float(call(batch.copy()).detach())
-        if not math.isclose(found, expected, rel_tol=_rounding([found, *losses]), abs_tol=1e-6):
+        rounding = _rounding([found, *losses])
+        if not math.isclose(found, expected, rel_tol=rounding, abs_tol=1e-6):
             halves = f"its halves, weighted by {demands.mean_over}, {expected:.6g}"
             raise BrokenError(f"a batch has the loss {found:.6g}; {halves}")
 
@@ -171,7 +180,8 @@ def check_metric(metric: Metric) -> list[Check]:
             raise BrokenError(f"logits where labels are -100 count: {other} in place of {first}")
 
     def added() -> None:
-        parts = [call(batch.rows(rows)) for rows in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))]
+        half = ROWS // 2
+        parts = [call(batch.rows(rows)) for rows in (slice(0, half), slice(half, ROWS))]
         total, count = (sum(values) for values in zip(*parts, strict=True))
         found = call(batch)
         if not _are_close(found, (total, count)):
@@ -218,6 +228,7 @@ def _of_side_effects(batch: Batch, call: Callable[[Batch], Any]) -> list[Trial]:
 def _with_other_logits(batch: Batch) -> Batch:
     """Returns a batch with other logits where nothing is predicted."""
     copy = batch.copy()
+    # Another seed than that of the batch, so that the logits differ.
     generator = torch.Generator().manual_seed(1)
     other = torch.randn(copy.logits.shape, generator=generator)
     hidden = (copy.labels == IGNORED)[..., None]
@@ -230,8 +241,12 @@ def _wider(batch: Batch) -> Batch:
     logits = torch.randn(ROWS, 2, VOCABULARY, generator=generator)
     labels = torch.full((ROWS, 2), IGNORED)
     added = invented(frozenset(batch.further), logits, labels, generator)
-    further = {name: torch.cat([tensor, added[name]], dim=1) for name, tensor in batch.further.items()}
-    return Batch(torch.cat([batch.logits, logits], dim=1), torch.cat([batch.labels, labels], dim=1), further)
+    further = {}
+    for name, tensor in batch.further.items():
+        further[name] = torch.cat([tensor, added[name]], dim=1)
+    wider_logits = torch.cat([batch.logits, logits], dim=1)
+    wider_labels = torch.cat([batch.labels, labels], dim=1)
+    return Batch(wider_logits, wider_labels, further)
 
 
 def _rounding(losses: Sequence[float]) -> float:
@@ -254,4 +269,5 @@ def _weight(mean_over: str, labels: Tensor) -> int:
 
 def _are_close(one: tuple[float, float], other: tuple[float, float]) -> bool:
     """Returns True for sums and counts that are equal up to rounding."""
-    return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(one, other, strict=True))
+    pairs = zip(one, other, strict=True)
+    return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in pairs)

@@ -55,7 +55,8 @@ def tried(trials: list[Trial]) -> list[Check]:
         fault = _fault_of(call)
         # The trial round wraps the fault in the words of a setting, so that the earlier words are a part of it.
         earlier = [check.name for check in checks if check.fault and check.fault in fault]
-        checks.append(Check(name, rule, untried=earlier[0]) if earlier else Check(name, rule, fault))
+        check = Check(name, rule, untried=earlier[0]) if earlier else Check(name, rule, fault)
+        checks.append(check)
     return checks
 
 
@@ -99,18 +100,24 @@ def seed_all(seed: int) -> None:
 
 def _globals() -> dict[str, object]:
     """Returns the random states and the settings that code may change for all other code, by name."""
-    numpy_state = np.random.get_state(legacy=False)
+    numpy_state = np.random.get_state(legacy=False)["state"]
     return {
+        # As a list, since `==` compares two tensors value by value.
         "torch's random state": torch.get_rng_state().tolist(),
         "Python's random state": random.getstate(),
-        "NumPy's random state": str(numpy_state["state"]["key"].tolist()) + str(numpy_state["state"]["pos"]),
+        "NumPy's random state": str(numpy_state["key"].tolist()) + str(numpy_state["pos"]),
         "torch's default type": torch.get_default_dtype(),
         "torch's number of threads": torch.get_num_threads(),
         "torch's gradient mode": torch.is_grad_enabled(),
     }
 
 
-def require_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], words: str, exact: bool = True) -> None:
+def require_equal(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    words: str,
+    exact: bool = True,
+) -> None:
     """Makes sure that two results are equal.
 
     Args:
@@ -134,7 +141,9 @@ def require_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
 
 def _is_close(one: Tensor, other: Tensor) -> bool:
     """Returns True for tensors that are equal up to rounding in float32."""
-    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-6)
+    if one.shape != other.shape:
+        return False
+    return torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-6)
 
 
 def _by_how_much(one: Tensor, other: Tensor) -> str:

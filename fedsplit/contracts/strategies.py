@@ -114,7 +114,13 @@ def adapters_of_trial(head: bool = False) -> Adapters:
 class _Run:
     """A strategy in the middle of a run of a few clients."""
 
-    def __init__(self, make: Make, clients: int = 0, ranks: Sequence[int] = (RANK,), head: bool = False) -> None:
+    def __init__(
+        self,
+        make: Make,
+        clients: int = 0,
+        ranks: Sequence[int] = (RANK,),
+        head: bool = False,
+    ) -> None:
         """Starts a run.
 
         Args:
@@ -124,6 +130,7 @@ class _Run:
             head: True for a tensor without factors.
         """
         self.strategy = make()
+        # One more than the strategy needs, since a client is left out of some rounds.
         clients = clients or max(CLIENTS, traits_of(self.strategy).fewest + 1)
         self._config = Config(clients=clients, lora=LoraSettings(rank=tuple(ranks)))
         self._roster = InventedRoster([ClientNode(client + 1, f"client {client}") for client in range(clients)])
@@ -141,6 +148,7 @@ class _Run:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(0, "contract", self.round, client))
                 update = invented_update(client, assigned[client], self.aggregation.traits.personal)
+            # Different numbers, so that the weights of the clients matter.
             updates.append(replace(update, examples=client + 1, weight=None))
         return updates
 
@@ -160,7 +168,12 @@ class _Run:
         return self
 
 
-def _played(make: Make, clients: int = 0, ranks: Sequence[int] = (RANK,), head: bool = False) -> None:
+def _played(
+    make: Make,
+    clients: int = 0,
+    ranks: Sequence[int] = (RANK,),
+    head: bool = False,
+) -> None:
     """Plays three rounds. `OwnAggregation` refuses what no run could use."""
     _Run(make, clients, ranks, head).play(ROUNDS)
 
@@ -277,6 +290,7 @@ def _goes_on(make: Make) -> None:
     stopped = _Run(make)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state.safetensors"
+        # Through a file, as a checkpoint does, so that a state that cannot be written shows.
         write_tensors(file, straight.aggregation.state())
         stopped.aggregation.restore(load_tensors(file))
     stopped.adapters = straight.adapters

@@ -98,7 +98,9 @@ def check_answers(prompt: object, chosen: object, rejected: object) -> tuple[Cha
         raise ValueError("a prompt and two answers that are lists of messages, all three")
     chats = [check_chat([*before, *answer]) for answer in (chosen, rejected)]  # type: ignore[misc]
     for chat in chats:
-        ends_in_answer = chat[-1]["role"] == "assistant" and chat[:-1] == chats[0][:-1]
+        ends_in_assistant = chat[-1]["role"] == "assistant"
+        begins_alike = chat[:-1] == chats[0][:-1]
+        ends_in_answer = ends_in_assistant and begins_alike
         if not ends_in_answer or (prompt is not None and len(chat) != len(before) + 1):  # type: ignore[arg-type]
             raise ValueError("two chats that differ in their last message alone, an answer of the assistant's")
     return chats[0], chats[1]
@@ -180,7 +182,10 @@ def _texts_with_spans(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[str, l
         return [(full_text, [_without_trailing_space(tokenizer, turn) for turn in turns])]
 
     # The template rewrites earlier turns: each turn gets a separate text.
-    return [_turn_with_spans(tokenizer, chat[:end], turn) for turn, end in zip(turns, ends, strict=True)]
+    texts = []
+    for turn, end in zip(turns, ends, strict=True):
+        texts.append(_turn_with_spans(tokenizer, chat[:end], turn))
+    return texts
 
 
 def _last_turn(tokenizer: TextTokenizer, chat: Chat) -> _Turn:
@@ -225,6 +230,7 @@ def _first_prompt(tokenizer: TextTokenizer, chat: Chat) -> str:
 def _head(tokenizer: TextTokenizer, chat: Chat) -> str:
     """Returns the text before the words of a chat's last message."""
     last = chat[-1]
+    # All texts and not the content alone: a template may write another one first, such as the reasoning.
     texts_of_message = [key for key, value in last.items() if key != "role" and isinstance(value, str)]
     rendered = []
     for words in ("A", "B"):  # the text before the words is common to both
@@ -256,7 +262,12 @@ def _without_trailing_space(tokenizer: TextTokenizer, turn: _Turn) -> Span:
     return (start, start + len(words)) if ends_in_token else (start, end)
 
 
-def _marked(tokenizer: TextTokenizer, chat: Chat, turns: Sequence[_Turn], since: int = 0) -> list[Span]:
+def _marked(
+    tokenizer: TextTokenizer,
+    chat: Chat,
+    turns: Sequence[_Turn],
+    since: int = 0,
+) -> list[Span]:
     """Returns the places that the template's generation tags mark in some turns.
 
     Args:
@@ -295,6 +306,8 @@ def _labelled(tokenizer: TextTokenizer, text: str, spans: Sequence[Span]) -> tup
     """
     if not is_text(text):
         raise _UnclearError("a chat in whole characters (it has half of one, which UTF-8 cannot write)")
+    # A set, since a span may begin where another one ends, or where the text begins: a piece without text has no
+    # tokens.
     places = {0, len(text)}
     for start, end in spans:
         places |= {start, end}
@@ -302,6 +315,7 @@ def _labelled(tokenizer: TextTokenizer, text: str, spans: Sequence[Span]) -> tup
     pieces = _pieces(tokenizer, text, bounds)
     ids: list[int] = []
     labels: list[int] = []
+    # There is one bound more than there are pieces: the end of the text.
     for tokens, start in zip(pieces, bounds, strict=False):
         is_predicted = any(low <= start < high for low, high in spans)
         ids += tokens

@@ -109,7 +109,9 @@ def table(partition: Partition) -> list[str]:
 
     # `aligned` aligns to the right; the last column reads better from the left.
     width = max(len(row[-1]) for row in rows)
-    filled = [(*row[:-1], row[-1].ljust(width)) for row in rows]
+    filled = []
+    for *others, last in rows:
+        filled.append((*others, last.ljust(width)))
     return aligned(filled)
 
 

@@ -77,7 +77,9 @@ class Table:
         in_order = list(dict.fromkeys(values))
         wanted = set(in_order[:count])
         rows = [row for row, value in enumerate(values) if value in wanted]
-        columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
+        columns = {}
+        for name, cells in self.columns.items():
+            columns[name] = [cells[row] for row in rows]
         return replace(self, columns=columns)
 
 

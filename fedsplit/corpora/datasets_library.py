@@ -39,6 +39,7 @@ def without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
     files = [path]
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file()]
+    # The whole path, since `datasets` would take a folder's name for a pattern, too.
     if not any(_PATTERN.search(str(file.absolute())) for file in files):
         yield path, None
         return
@@ -76,7 +77,12 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
     return names
 
 
-def load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Dataset:
+def load(
+    dataset: str,
+    path: Path,
+    data: DataSettings,
+    cache: str | None = None,
+) -> Dataset:
     """Reads a data set.
 
     Args:

@@ -93,6 +93,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # a text may be longer than the library's limit of 128 KiB
     rows: list[dict[str, Any]] = []
     with path.open(encoding=_ENCODING, newline="") as file:
+        # Otherwise a quotation mark that is never closed would make one text of the rest of the file.
         reader = csv.reader(file, strict=True)
         names: list[str] = []
         try:

@@ -74,6 +74,7 @@ def format_of(table: Table, data: DataSettings) -> str:
     """
     if data.format != "auto":
         return data.format
+    # Before the column of texts, since Alpaca's column of this name has prompt and answer in one.
     if is_alpaca(table.columns, data):
         return "instruction"
     if data.text in table.columns:
@@ -86,7 +87,11 @@ def format_of(table: Table, data: DataSettings) -> str:
         return "completion"
     if is_instructions(table.columns, data):
         return "instruction"
-    pairs = [(data.prompt, data.completion), (data.chosen, data.rejected), (data.instruction, data.output)]
+    pairs = [
+        (data.prompt, data.completion),
+        (data.chosen, data.rejected),
+        (data.instruction, data.output),
+    ]
     two = ", or ".join(f"'{first}' and '{second}'" for first, second in pairs)
     needed = f"a data set with a column '{data.text}', '{data.messages}', '{CONVERSATIONS}', or {two}"
     raise SettingError("dataset", table.dataset, f"{needed} (its columns are {table.listed})")
@@ -122,6 +127,7 @@ def read_rows(table: Table, reading: Reading) -> Texts:
         >>> row.labels[0], row.labels[-1]  # nothing is predicted in the prompt; the last label is the end token
         (-100, 0)
     """
+    # Before the texts are encoded, which takes long: a missing owner is reported at once.
     keys = _keys(table, reading)
     readers = {
         "text": _text,
@@ -161,6 +167,7 @@ def _keys(table: Table, reading: Reading) -> Sequence[str]:
     """
     column = reading.column or reading.data.owner
     default = DataSettings().owner
+    # Only the default column may be missing. A column that the settings name must be there.
     if not reading.column and column == default and column not in table.columns:
         return [table.name] * len(table)
 
@@ -219,6 +226,7 @@ def _text(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
         has_tokens = len(ids) > len(tokenizer.beginning)  # beside the special tokens that the tokenizer adds
         if has_tokens:
             ended = tokenizer.end_text(ids, reading.end)
+            # One object for tokens and labels, which `stack` then stores once.
             tokens.append((number, ended, ended))
     return tokens
 
@@ -293,6 +301,7 @@ def _preference(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
     prompts = _complete_column(table, "data.prompt", data.prompt)
     answers = [_complete_column(table, f"data.{name}", getattr(data, name)) for name in ("chosen", "rejected")]
     both = [_continued(prompts, completions, reading, tokenizer) for completions in answers]
+    # Chosen and rejected texts in turn, as objectives over pairs expect them.
     return [sequence for pair in zip(*both, strict=True) for sequence in pair]
 
 

@@ -113,6 +113,7 @@ def _packed(rows: Sequence[Row], length: int) -> list[Row]:
     for text in by_source(rows):
         tokens = sum(len(row.ids) for row in text)
         fits_behind = bool(packed) and len(packed[-1].ids) + tokens <= length
+        # The last sequence is taken out, since the text may be appended to it.
         current = [packed.pop()] if fits_behind else []
         for row in text:
             if current and len(current[-1].ids) + len(row.ids) <= length:

@@ -70,10 +70,12 @@ def shard_of_site(config: Config, name: str) -> Shard:
         'ward a'
     """
     path = config_folder(config.model)
-    table = _without_owners(read_table(config.dataset, config.data, seed=config.seed), config.data, name)
+    with_owners = read_table(config.dataset, config.data, seed=config.seed)
+    table = _without_owners(with_owners, config.data, name)
     held_out = None
     if config.data.held_out:
         held_out = _without_owners(read_held_out(config.dataset, config.data), config.data, name)
+    # The table has no column of owners any more, and only a column with the default name may be missing.
     data = replace(config.data, owner=DataSettings().owner)
     reading = reading_of(table, data, path, read_facts(path).end, PartitionSpec("natural"))
     sharder = Sharder(table, reading, config.train.max_length, held_out)

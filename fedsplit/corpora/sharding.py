@@ -151,7 +151,12 @@ class Sharder:
 
 
 def reading_of(
-    table: Table, data: DataSettings, model_path: Path, end: int, spec: PartitionSpec, classes: tuple[str, ...] = ()
+    table: Table,
+    data: DataSettings,
+    model_path: Path,
+    end: int,
+    spec: PartitionSpec,
+    classes: tuple[str, ...] = (),
 ) -> Reading:
     """Returns the way to read a table.
 
@@ -291,6 +296,7 @@ def partition_by_sequence(
         parts = [_split_blocks([blocks[index] for index in part]) for part in indices]
     else:
         separate_blocks = by_source(separate.rows)
+        # In turn, so that every client gets text from the whole table.
         held_out = [_flat(separate_blocks[client::clients]) for client in range(clients)]
         _check_held_out(sharder, held_out)
         train = [_flat(blocks[index] for index in part) for part in indices]
@@ -347,7 +353,12 @@ def _check_held_out(sharder: Sharder, held_out: Sequence[Sequence[Row]]) -> None
 
 
 def _divided(
-    sharder: Sharder, spec: PartitionSpec, name: str, keys: Sequence[str], clients: int, seed: int
+    sharder: Sharder,
+    spec: PartitionSpec,
+    name: str,
+    keys: Sequence[str],
+    clients: int,
+    seed: int,
 ) -> list[list[int]]:
     """Returns the indices of each client's sequences, after a check that every client gets enough."""
     least = sharder.least

@@ -82,6 +82,7 @@ def make_language(seed: int) -> Language:
     draw = random.Random(derive_seed(seed, "synthetic", "words"))
     syllables = ["".join(pair) for pair in itertools.product(_ONSETS, _VOWELS)]
     pairs = ["".join(pair) for pair in itertools.permutations(syllables, 2)]
+    # One sample for all kinds of words, so that no word is drawn twice.
     words = iter(draw.sample(pairs, _ADJECTIVES + _VERBS + _NOUNS * len(TOPICS)))
     first_determiner, second_determiner, first_ending, second_ending = draw.sample(syllables, 4)
     adjectives = tuple(itertools.islice(words, _ADJECTIVES))

@@ -150,7 +150,13 @@ def _readme_names_files(path: Path) -> bool:
     return _LAYOUT.match(text) is not None
 
 
-def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int = 8) -> Table:
+def read_table(
+    dataset: str,
+    data: DataSettings,
+    *,
+    seed: int = 0,
+    owners: int = 8,
+) -> Table:
     """Reads a data set as a table.
 
     Args:
@@ -310,6 +316,7 @@ def _files_read_here(builder: DatasetBuilder) -> dict[str, list[Path]]:
     files = {}
     for split, paths in splits.items():
         files[str(split)] = [Path(str(path)) for path in paths]
+    # The configuration that the library would make for the same files if no README.md set an option.
     plain_config = type(config)(
         name=config.name,
         version=config.version,
@@ -347,6 +354,7 @@ def _of_split(
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
 
     names = dict.fromkeys(name for part in parts for name in by_split[part.splitname])
+    # A column of one split alone is filled with None for the others.
     joined: dict[str, list[Any]] = {name: [] for name in names}
     for part in parts:
         columns = by_split[part.splitname]

@@ -47,24 +47,32 @@ class AdapterCodec:
         """
         self._up = make_codec(text, seed)
         self._down = make_codec(values_chain(text), seed)
+        # Sorted, so that client and server give a tensor the same place.
         self._places = {name: place for place, name in enumerate(sorted(names))}
 
     def encode_values(self, tensors: Mapping[str, Tensor], client: int, round: int) -> dict[str, Tensor]:
         """Returns adapters as blobs, for a client."""
         sent = {}
         for name, tensor in tensors.items():
-            sent[name] = to_blob(self._down.encode(tensor, self._role(name, "down", client, round)))
+            role = self._role(name, "down", client, round)
+            sent[name] = to_blob(self._down.encode(tensor, role))
         return sent
 
     def decode_values(self, sent: Mapping[str, Tensor], client: int, round: int) -> dict[str, Tensor]:
         """Returns adapters from blobs, as the client and the server compute with them."""
-        return {
-            name: self._down.decode(from_blob(blob), self._role(name, "down", client, round))
-            for name, blob in sent.items()
-        }
+        tensors = {}
+        for name, blob in sent.items():
+            encoded = from_blob(blob)
+            role = self._role(name, "down", client, round)
+            tensors[name] = self._down.decode(encoded, role)
+        return tensors
 
     def encode_changes(
-        self, trained: Mapping[str, Tensor], given: Mapping[str, Tensor], client: int, round: int
+        self,
+        trained: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+        client: int,
+        round: int,
     ) -> dict[str, Tensor]:
         """Returns the changes of a client's adapters as blobs, for the server.
 
@@ -81,7 +89,11 @@ class AdapterCodec:
         return sent
 
     def decode_changes(
-        self, sent: Mapping[str, Tensor], given: Mapping[str, Tensor], client: int, round: int
+        self,
+        sent: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+        client: int,
+        round: int,
     ) -> dict[str, Tensor]:
         """Returns a client's adapters from the changes that it sent.
 
@@ -94,6 +106,8 @@ class AdapterCodec:
                 raise MalformedPacket(f"a change of {name[:80]}, which the client was not given")
             role = self._role(name, "up", client, round, given[name].numel())
             change = self._up.decode(from_blob(blob), role)
+            # The blob comes from a client and brings its own shape and type. Without this check, the sum below would
+            # broadcast a smaller tensor, or turn the adapter into a wider type.
             if change.shape != given[name].shape or change.dtype != given[name].dtype:
                 raise MalformedPacket(f"a change of {name[:80]} of another shape or type")
             tensors[name] = given[name] + change
@@ -101,15 +115,24 @@ class AdapterCodec:
 
     def state(self, client: int) -> dict[str, Tensor]:
         """Returns the state of a client, by names for the client's store."""
-        return {_STATE + name: tensor for name, tensor in self._up.state().get(client, {}).items()}
+        of_client = self._up.state().get(client, {})
+        return {_STATE + name: tensor for name, tensor in of_client.items()}
 
     def restore(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Replaces the state by what the client's store has kept. Names of other codecs are ignored."""
-        own = {name.removeprefix(_STATE): tensor for name, tensor in state.items() if name.startswith(_STATE)}
+        own = {}
+        for name, tensor in state.items():
+            if name.startswith(_STATE):
+                own[name.removeprefix(_STATE)] = tensor
         self._up.restore({client: own})
 
     def _role(
-        self, name: str, direction: Literal["up", "down"], client: int, round: int, most: int = MOST_VALUES
+        self,
+        name: str,
+        direction: Literal["up", "down"],
+        client: int,
+        round: int,
+        most: int = MOST_VALUES,
     ) -> Role:
         # Each tensor has a stream of its own, by its place among all names. A change is like a gradient: what is lost
         # may be sent later.

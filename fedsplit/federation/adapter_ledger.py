@@ -64,7 +64,8 @@ class AdapterLedger:
         self._logs = [FoldLog(log), FoldLog(root / FOLDS)]  # the server's own, and the one that clients read
         self._clients = parts["bottom"] | parts["top"]
         self._trunk = parts["trunk"]
-        self.rule = TravelRule.of({part: parts[part] for part in ("bottom", "top")}, config.share, traits.personal)
+        at_clients = {part: parts[part] for part in ("bottom", "top")}
+        self.rule = TravelRule.of(at_clients, config.share, traits.personal)
 
         has_copies = SCHEDULES[config.trunk.schedule].personal
         everything = self._clients | self._trunk if has_copies else self._clients
@@ -187,7 +188,9 @@ class AdapterLedger:
 
     def trunk_end(self, adapters: Adapters) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
         """Returns the trunk's shared adapter after a round, and the adapters by client with personal tensors."""
-        shared = {name: adapters.tensors.get(name, tensor) for name, tensor in self._trunk.tensors.items()}
+        shared = {}
+        for name, tensor in self._trunk.tensors.items():
+            shared[name] = adapters.tensors.get(name, tensor)
         of_clients = {client: {**shared, **own} for client, own in self._own.items() if own}
         return shared, of_clients
 
@@ -267,7 +270,8 @@ class AdapterLedger:
         groups = {f"own-{client}": own for client, own in self._own.items()}
         groups |= {f"control-{client}": control for client, control in self._control.items()}
         groups |= {f"stage-{client}": stage for client, stage in self._stage.items()}
-        return {"accepted": {str(client): round for client, round in self.accepted.items()}}, groups
+        accepted = {str(client): round for client, round in self.accepted.items()}
+        return {"accepted": accepted}, groups
 
     def restore(
         self,

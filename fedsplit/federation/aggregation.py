@@ -191,12 +191,15 @@ def _check_state(state: object) -> None:
 def _in_types_of(given: Adapters, adapters: Adapters) -> Adapters:
     """Returns `given` with the tensor types of `adapters`."""
     # A strategy may compute in float64. Messages, checkpoints and clients expect the types of the adapters.
-    tensors = {name: tensor.to(adapters.tensors[name].dtype) for name, tensor in given.tensors.items()}
+    tensors = {}
+    for name, tensor in given.tensors.items():
+        tensors[name] = tensor.to(adapters.tensors[name].dtype)
     return replace(given, tensors=tensors)
 
 
 def sampled(config: Config, round: int) -> list[int]:
     """Returns the clients that are asked to train in a round. They depend on the seed only."""
+    # Another generator than Python's common one, from which user code may draw.
     generator = random.Random(derive_seed(config.seed, "sample", round))
     return sorted(generator.sample(range(config.clients), config.asked))
 

@@ -82,6 +82,7 @@ def measure(updates: Sequence[ClientUpdate], result: Adapters) -> AggregationErr
 
         squared_distance += distance**2
         squared_size += size**2
+        # A layer whose mean change is zero has no relative error.
         if size > 0:
             errors[layer] = distance / size
 

@@ -182,11 +182,14 @@ class RunFolder:
             self._lock = lock(path)  # held for as long as this object lives
         if config.resume:
             self._go_on()
+        # After the search for a checkpoint, so that a resumed run that is refused leaves the earlier settings as they
+        # are.
         write_text(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def _go_on(self) -> None:
         """Finds the checkpoint to go on from, and removes leftovers of a killed run."""
         with writing(self.path):
+            # First, so that a checkpoint whose replacement was cut short has its name again when it is looked for.
             tidy(self.path)
             search = find_checkpoint(self.path, self._config.keep_best)
             self._resumed = search.newest
@@ -212,8 +215,10 @@ class RunFolder:
         facts = self._resumed.facts
         folder = self._resumed.folder
         metrics = self.path / "metrics.jsonl"
+        # Without a line that a kill has cut off.
         events = [line for line in metrics.read_bytes().splitlines(keepends=True) if is_event(line)]
-        kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
+        last = facts["round"]
+        kept = [line.decode() for line in events if json.loads(line)["round"] <= last]
         write_text(metrics, "".join(kept))
         return Snapshot(facts["round"], facts, unpack(load_tensors(folder / _TENSORS)))
 
@@ -233,6 +238,7 @@ class RunFolder:
         accepted = [kept.accepted for kept in self._kept.values()]
         if self._unwritten is not None:
             accepted.append(_kept_of(self._unwritten.snapshot.facts).accepted)
+        # Without 0, which stands for no accepted update, and so for no state.
         return tuple(sorted({rounds[client] for rounds in accepted if client in rounds} - {0}))
 
     def save_round(
@@ -252,8 +258,11 @@ class RunFolder:
         """
         this = _Unwritten(snapshot, adapters, personal or {})
         best = snapshot.facts.get("course", {}).get("best")
+        # The best round comes first: under `keep_best` no run can go on from this checkpoint without that of the best
+        # round.
         if self._unwritten is not None and self._unwritten.snapshot.round == best != snapshot.round:
             self._write(self._unwritten)
+        # Before the write, so that a round that the disk does not take is still in memory.
         self._unwritten = this if self._config.keep_best and best == snapshot.round else None
         self._write(this)
         self._unwritten = None
@@ -276,6 +285,7 @@ class RunFolder:
             write_tensors(folder / _TENSORS, pack(snapshot.groups))
             facts = {**snapshot.facts, "round": snapshot.round}
             (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            # Last, since the manifest has the digests of all other files.
             manifest.write(folder, snapshot.round, self._config, self.content, self._elsewhere(snapshot))
 
         metrics = self.path / "metrics.jsonl"
@@ -316,7 +326,9 @@ class RunFolder:
         The files are the changes of base weights, and the state of clients whose disks are on this machine. Digests are
         by the file's path in the run's folder.
         """
-        folds = [*self.folds.glob("round-*"), *(self.clients / FOLDS).glob("round-*")]
+        of_server = self.folds.glob("round-*")
+        of_clients = (self.clients / FOLDS).glob("round-*")
+        folds = [*of_server, *of_clients]
         # A file with any other name counts as one of a later round, and is left out.
         files = [file for file in folds if (round_of(file) or snapshot.round + 1) <= snapshot.round]
         for client, accepted in snapshot.facts.get("accepted", {}).items():
@@ -326,6 +338,7 @@ class RunFolder:
         self._digests = {}  # without digests of files that no later round needs
         found = {}
         for file in sorted(files):
+            # Clients on other machines have no file here.
             if file.exists():
                 found[str(file.absolute().relative_to(root))] = self._digest(file, known)
         return found
@@ -417,5 +430,6 @@ def _kept_in(folder: Path) -> _Kept:
 
 def _kept_of(facts: Mapping[str, Any]) -> _Kept:
     loss = float(facts.get("after", math.inf))
-    accepted = {int(client): int(round) for client, round in facts.get("accepted", {}).items()}
+    by_client = facts.get("accepted", {})
+    accepted = {int(client): int(round) for client, round in by_client.items()}
     return _Kept(loss if math.isfinite(loss) else math.inf, accepted)

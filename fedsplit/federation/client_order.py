@@ -52,6 +52,7 @@ def groups_of(
         >>> groups_of(build({}), 1, range(3), {0: 5, 1: 9, 2: 7}.__getitem__)
         [[1, 2, 0]]
     """
+    # From a fixed order, so that the shuffle below depends on the seed alone.
     ordered = sorted(clients)
     turns = takes_turns(config)
     if config.trunk.order == "random":

@@ -305,10 +305,12 @@ def _introduce(visit: _Visit, request: Introduce) -> Reply:
         "top": lora.count(site.top, elsewhere=[site.bottom]),  # a tied head counts once, at the bottom
     }
     if not SCHEDULES[site.config.trunk.schedule].returns_gradient:
+        # Without a gradient from the trunk, nothing trains the bottom.
         parameters["bottom"]["trainable"] = 0
     start: dict[str, Adapters] = {}
     if client.number == 0 or request.wants_start:
-        start = {str(part.kind): lora.read(part) for part in (site.bottom, site.top)}
+        parts = (site.bottom, site.top)
+        start = {str(part.kind): lora.read(part) for part in parts}
     return introduce(Introduction(client.number, client.shard.name, parameters, start, client.shard.size))
 
 
@@ -356,11 +358,13 @@ def _train(visit: _Visit, request: Train, around: Around | None = None) -> Reply
     if not trained:
         raise NotTrained("the client's mods have sent a reply without training")
 
+    # A mod may train more than once. The last training counts.
     update = trained[-1].update
     codec = trained[-1].codec
     untrained = rule.untrained(given, task)
     control = moved(kept.control, update.control) if task.control is not None else {}
     if adapter_codec is not None:
+        # From the reply and not from the update: mods may have changed the tensors.
         changed = {name: reply.tensors[messages.ADAPTERS][name] for name in returned}
         encoded = adapter_codec.encode_changes(changed, given, client.number, request.round)
         reply = messages.with_adapters(reply, encoded)
@@ -372,7 +376,11 @@ def _train(visit: _Visit, request: Train, around: Around | None = None) -> Reply
 
 
 def _train_locally(
-    visit: _Visit, request: Train, given: Mapping[str, Tensor], kept: ClientState, returned: Sequence[str]
+    visit: _Visit,
+    request: Train,
+    given: Mapping[str, Tensor],
+    kept: ClientState,
+    returned: Sequence[str],
 ) -> _Trained:
     """Trains from adapters, and measures a sample.
 
@@ -420,7 +428,13 @@ def assembled(start: Adapters, request: Train, kept: ClientState) -> dict[str, T
         kept: Tensors on the client's disk since the last update that the server accepted.
     """
     # A later group replaces tensors of an earlier one.
-    return {**start.tensors, **kept.held, **draw(start, request.drawn), **request.tensors, **kept.personal}
+    return {
+        **start.tensors,
+        **kept.held,
+        **draw(start, request.drawn),
+        **request.tensors,
+        **kept.personal,
+    }
 
 
 def to_keep(
@@ -434,7 +448,10 @@ def to_keep(
 ) -> ClientState:
     """Returns the state that a client writes to disk at the end of a round."""
     # A tensor that is as it was at the start is made from the run's seed again, and needs no room on the disk.
-    held = {name: given[name] for name in untrained if not torch.equal(given[name], start.tensors[name])}
+    held = {}
+    for name in untrained:
+        if not torch.equal(given[name], start.tensors[name]):
+            held[name] = given[name]
     # Sorted: the order of a set differs from process to process, and equal states should be equal files.
     own = {name: update.adapters.tensors[name] for name in sorted(personal)}
     return ClientState(held, own, control, update.moments, update.kept, codec)

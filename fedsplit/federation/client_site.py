@@ -96,7 +96,12 @@ class Site:
             yield SettingError("init_adapter", "the run's", allowed)
         if self.allows_code:
             return
-        named = {"strategy": (run.strategy,), "objective": (run.objective,), "metric": run.metric, "mods": run.mods}
+        named = {
+            "strategy": (run.strategy,),
+            "objective": (run.objective,),
+            "metric": run.metric,
+            "mods": run.mods,
+        }
         for setting, specs in named.items():
             for spec in specs:
                 # Flower's own mods and strategies are installed with fedsplit.
@@ -113,13 +118,17 @@ class Site:
             InputError: The site does not play the run, or its data cannot be used.
         """
         config = self.settings_for(from_document(json.loads(request.briefing.run)))
+        # Absolute, since the processes of a SuperNode work in another folder.
         root = (self.folder / _checked_name(request.briefing.store)).absolute()
         if not shard_file(root, self.client).exists():
             check_model(config, request.briefing.model)
             shard = shard_of_site(config, self.name)
-            largest = max(int(shard.train.ids.max()), int(shard.held_out.ids.max()))
+            in_training = int(shard.train.ids.max())
+            in_held_out = int(shard.held_out.ids.max())
+            largest = max(in_training, in_held_out)
             check_largest(config_folder(config.model), config.model, largest)
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Last: a file that is there says that the checks above have passed.
             write_shard(root, self.client, shard)
         threads = config.threads or request.briefing.threads
         run = json.dumps(as_document(config))
@@ -132,7 +141,9 @@ class Site:
         Returns:
             The number of runs with data.
         """
-        roots = [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
+        if not self.folder.is_dir():
+            return 0
+        roots = [path for path in self.folder.iterdir() if path.is_dir()]
         return sum(bool(remove_left(root)) for root in roots)
 
 
@@ -203,6 +214,7 @@ def make_site(values: Mapping[str, object], options: Mapping[str, Any]) -> Site:
     Raises:
         InputError: A value is not possible. All errors are reported together.
     """
+    # Collected, so that a user reads all errors of the file at once.
     errors: list[InputError] = []
     errors += [SettingError(table, "a table", "none of a site") for table, given in options.items() if given]
     fields = {name: values.get(name) for name in _FIELDS}
@@ -215,7 +227,8 @@ def make_site(values: Mapping[str, object], options: Mapping[str, Any]) -> Site:
     for name, words in (("dataset", "the data set of the site"), ("trunk.server", "the address of the trunk")):
         if name not in settings:
             errors.append(SettingError(name, "nothing", words))
-    errors += draft({name: value for name, value in settings.items() if name in SETTINGS}, {}).errors
+    known = {name: value for name, value in settings.items() if name in SETTINGS}
+    errors += draft(known, {}).errors
     check_all(errors)
     return Site(
         client=int(str(fields["client"])),
@@ -237,7 +250,11 @@ def write_site(site: Site) -> Path:
         value = settings.get(name)
         if isinstance(value, str) and value and path_of(value).exists():
             settings[name] = str(Path(value).absolute())  # the processes of a SuperNode work in another folder
-    document: dict[str, Any] = {"client": site.client, "name": site.name, "folder": str(site.folder.absolute())}
+    document: dict[str, Any] = {
+        "client": site.client,
+        "name": site.name,
+        "folder": str(site.folder.absolute()),
+    }
     document["allow-code"] = site.allows_code
     for name, value in settings.items():
         section, _, key = name.rpartition(".")

@@ -47,6 +47,7 @@ def measured(config: Config, repetitions: int = REPETITIONS) -> dict[str, Any]:
 
     for _ in range(repetitions + 1):
         hidden = timed("bottom-forward", bottom, ids)
+        # Detached at each cut, as between processes, so that the backward of each part is timed alone.
         below = hidden.detach().requires_grad_()
         middle = timed("trunk-forward", trunk, below)
         above = middle.detach().requires_grad_()
@@ -55,6 +56,8 @@ def measured(config: Config, repetitions: int = REPETITIONS) -> dict[str, Any]:
         timed("trunk-backward", middle.backward, above.grad)
         timed("bottom-backward", hidden.backward, below.grad)
     tokens = ids.numel()
-    # The first step allocates memory.
-    medians = {task: statistics.median(times[1:]) / tokens for task, times in seconds.items()}
+    medians = {}
+    for task, times in seconds.items():
+        # The first step allocates memory.
+        medians[task] = statistics.median(times[1:]) / tokens
     return {"model": config.model, "cut": config.cut, "threads": torch.get_num_threads(), COMPUTE_TABLE: medians}

@@ -91,6 +91,7 @@ class EarlyStopping:
     def document(self) -> dict[str, Any]:
         """Returns the state as plain values for a checkpoint, without the two settings."""
         state = asdict(self)
+        # A resumed run may have other values, and takes both from its settings.
         del state["patience"], state["min_delta"]
         # JSON has no infinity.
         return {name: value if math.isfinite(value) else None for name, value in state.items()}

@@ -140,11 +140,18 @@ def clients_that_measure(config: Config) -> list[int]:
     if config.eval.fraction == 1:
         return list(everyone)
     count = max(1, round(config.eval.fraction * config.clients))
+    # Without the round in the seed: the same clients in every round.
     generator = random.Random(derive_seed(config.seed, "evaluation"))
     return sorted(generator.sample(everyone, count))
 
 
-def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt, sent: PhaseTraffic) -> dict[int, Reply]:
+def _ask(
+    parties: Parties,
+    state: RunState,
+    round: int,
+    attempt: Attempt,
+    sent: PhaseTraffic,
+) -> dict[int, Reply]:
     """Sends the shared adapters to the clients that measure, counts the bytes, and returns the replies by client."""
     ledger = state.ledger
     totals = state.totals
@@ -199,12 +206,14 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt, sent: 
 
 def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -> RoundEvaluated:
     """Returns the event that reports an evaluation."""
+    # Before the bytes of the event are read, so that the clients' files are among them.
     state.totals.traffic.update(parties.clients.take_shipped())
     sent = state.totals.bytes_since(RoundEvaluated.name, parties.trunk.status().traffic.document())
     has_classes = bool(state.accuracy)
     has_perplexity = not has_classes and parties.config.data.format != PAIRS
     metrics = means(found.total.metrics)
-    of_clients = means_by_metric((parties.name(client), score.metrics) for client, score in found.scores.items())
+    by_name = ((parties.name(client), score.metrics) for client, score in found.scores.items())
+    of_clients = means_by_metric(by_name)
     return RoundEvaluated(
         round=round,
         loss=found.total.loss,

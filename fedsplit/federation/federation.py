@@ -127,7 +127,13 @@ class Federation:
             Interrupted: `stop` was set.
         """
         # 1. All clients load their parts, and introduce themselves.
-        supervisor = Supervisor(self._host, clients, self._config, self._job.emit, lambda: self._parties(clients))
+        supervisor = Supervisor(
+            self._host,
+            clients,
+            self._config,
+            self._job.emit,
+            lambda: self._parties(clients),
+        )
         state, parameters = self._meet_steadily(clients)
         if self._config.network.profile:
             self._virtual = VirtualTime(self._config, [node.name for node in clients.nodes])
@@ -163,6 +169,9 @@ class Federation:
     def _parties(self, clients: Clients) -> Parties:
         """Returns the parties of the run, with the current trunk."""
         job = self._job
+        at_sites = self._config.data.at == "site"
+        # Only sites have base models of their own to compare.
+        digests = json.dumps(dict(job.folder.content.model)) if at_sites else ""
         briefing = Briefing(
             run=json.dumps(as_document(self._config)),
             trunk=self._host.name,
@@ -171,7 +180,7 @@ class Federation:
             store=self._store,
             personal="".join(sorted(self._aggregation.traits.personal)),
             stage=Objects(job.strategy).has_stage,
-            model=json.dumps(dict(job.folder.content.model)) if self._config.data.at == "site" else "",
+            model=digests,
         )
         return Parties(
             self._config,
@@ -212,22 +221,31 @@ class Federation:
             introductions[introduction.client] = introduction
         absent = parties.absent(range(count))
         self._trunk.status()  # raises the error of a lost trunk, which explains the failures of the clients
+        # In the order of the clients, so that the choice of the first one does not depend on the order of arrival.
         present = [introduction for client, introduction in sorted(introductions.items()) if client not in absent]
         if not present:
             raise FederationFailed(f"no client could introduce itself: {next(iter(absent.values()))}")
         # Only the first client of a run sends the initial adapters unasked: they are equal at all clients.
-        first = present[0] if has_start(present[0]) else self._ask_for_start(clients, parties.briefing, present)
+        first = present[0]
+        if not has_start(first):
+            first = self._ask_for_start(clients, parties.briefing, present)
         for client, reason in absent.items():
             parties.report_failure("loading", 0, 0, client, reason)
         if self._job.workloads is None:
             sizes = {introduction.client: introduction.data for introduction in present}
             nothing = DataSize()
-            self._workloads[:] = workloads(self._config, [sizes.get(client, nothing) for client in range(count)])
+            of_clients = [sizes.get(client, nothing) for client in range(count)]
+            # In place, since the parties of this meeting hold the same list.
+            self._workloads[:] = workloads(self._config, of_clients)
 
         trunk = self._trunk.read()
         parts: dict[str, Adapters] = {"trunk": trunk, **first.start}
         ledger = AdapterLedger(
-            self._config, self._aggregation.traits, parts, self._job.folder.clients, self._job.folder.folds
+            self._config,
+            self._aggregation.traits,
+            parts,
+            self._job.folder.clients,
+            self._job.folder.folds,
         )
         state = RunState(
             adapters=ledger.start,
@@ -263,7 +281,8 @@ class Federation:
     def _report_loading(self, done: int) -> None:
         """Reports the number of clients that have loaded their parts."""
         config = self._config
-        self._job.emit(Progress(phase="loading", round=0, rounds=config.rounds, done=done, of=config.clients))
+        event = Progress(phase="loading", round=0, rounds=config.rounds, done=done, of=config.clients)
+        self._job.emit(event)
 
     def _report_start(self, clients: Clients, parameters: Mapping[str, Any], snapshot: Snapshot | None) -> None:
         """Reports the start of the run."""
@@ -368,7 +387,12 @@ class Federation:
         """
         trunk = self._final_status(supervisor, state)
         # The trunk is not asked again: it may die at any time, and all that is needed of it is here.
-        unreported = Cost().event(state, state.round + 1, trunk.traffic, lambda client: clients.nodes[client].name)
+        unreported = Cost().event(
+            state,
+            state.round + 1,
+            trunk.traffic,
+            lambda client: clients.nodes[client].name,
+        )
         if any(unreported.bytes.values()):  # of attempts that were given up
             self._job.emit(unreported)
         stopping = state.stopping

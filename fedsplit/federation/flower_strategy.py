@@ -49,6 +49,7 @@ class _OrderedGrid:
         self._looked = time.monotonic()
         self._looks += 1
         # A strategy that wants more nodes looks again and again. No node will come: the number of clients is fixed.
+        # The time before the first look is no pause: the strategy may have computed.
         has_paused = self._looked - before > _PAUSE_SECONDS
         if self._looks > 1 and has_paused:
             self._waits += 1
@@ -155,7 +156,8 @@ class FlowerAggregation:
         self, round: int, adapters: Adapters, updates: Sequence[ClientUpdate], replies: Sequence[Reply]
     ) -> Adapters:
         """Returns the strategy's aggregate in float32. The strategy gets the weights of `--weights`."""
-        messages = [self._message(update, reply) for update, reply in zip(updates, replies, strict=True)]
+        pairs = zip(updates, replies, strict=True)
+        messages = [self._message(update, reply) for update, reply in pairs]
         with named(self._strategy, round), records.named_run():
             arrays, _ = self._strategy.aggregate_train(round, messages)
         if arrays is None:

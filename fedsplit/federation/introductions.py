@@ -112,7 +112,9 @@ def _parsed(reply: Reply) -> Introduction:
         raise TypeError("its client is no number")
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         raise TypeError(f"its name is no text of 1 to {LONGEST_NAME} characters")
-    return Introduction(client, printable(name), _counts_of(about["parameters"]), start, _size_of(about["data"]))
+    parameters = _counts_of(about["parameters"])
+    data = _size_of(about["data"])
+    return Introduction(client, printable(name), parameters, start, data)
 
 
 def _size_of(data: Any) -> DataSize:

@@ -98,7 +98,11 @@ def code_of(config: Config) -> dict[str, Path]:
 
 
 def content_of(
-    shards: Sequence[Shard], about: Path, weights: Path, start: str = "", code: Mapping[str, Path] | None = None
+    shards: Sequence[Shard],
+    about: Path,
+    weights: Path,
+    start: str = "",
+    code: Mapping[str, Path] | None = None,
 ) -> Content:
     """Returns digests of a run's data, model, initial adapter and code.
 
@@ -209,6 +213,7 @@ def read(folder: Path) -> Manifest:
         content = Content(
             data=str(held["data"]),
             model=dict(held["model"]),
+            # Manifests of older versions may lack this entry and the next one.
             start=dict(held.get("init_adapter", {})),
             code=dict(held.get("code", {})),
         )
@@ -247,6 +252,7 @@ def check_whole(folder: Path, round: int) -> Manifest:
     manifest = read(folder)
     if manifest.round != round:
         raise Damaged(f"it is that of round {manifest.round}")
+    # First, since a missing file is found without reading the others.
     for name in sorted(manifest.files):
         if not (folder / name).is_file():
             raise Damaged(f"{name} is not there")

@@ -265,7 +265,13 @@ def with_adapters(reply: Reply, tensors: Mapping[str, Tensor]) -> Reply:
     return _reply(reply.client, reply.metrics, {**reply.tensors, ADAPTERS: tensors}, reply.about)
 
 
-def measured(client: int, score: Score, part: Score, peak_memory: int, seconds: float = 0.0) -> Reply:
+def measured(
+    client: int,
+    score: Score,
+    part: Score,
+    peak_memory: int,
+    seconds: float = 0.0,
+) -> Reply:
     """Makes the reply to `Evaluate`.
 
     Args:
@@ -299,11 +305,15 @@ def introduction(client: int, about: str, start: Mapping[str, Adapters]) -> Repl
         about: Name, parameters and layers, as JSON.
         start: Initial adapters of bottom and top; empty if another client sends them.
     """
-    return _reply(client, {}, {part: adapters.tensors for part, adapters in start.items()}, about)
+    groups = {part: adapters.tensors for part, adapters in start.items()}
+    return _reply(client, {}, groups, about)
 
 
 def _reply(
-    client: int, metrics: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]], about: str = ""
+    client: int,
+    metrics: Mapping[str, Any],
+    groups: Mapping[str, Mapping[str, Tensor]],
+    about: str = "",
 ) -> Reply:
     nbytes = sum(map(serialised_bytes, groups.values()))
     return Reply(client, metrics, groups, about, nbytes=nbytes)

@@ -106,6 +106,7 @@ def _metadata(config: Config, summary: Mapping[str, Any]) -> str:
     ]
     method = config.lora.method if config.prompt.kind == "off" else config.prompt.kind
     card = ModelCardData(
+        # None for a model that is not on the Hub: a card names no local path.
         base_model=hub_name(config.model),
         library_name="peft",
         pipeline_tag=task,
@@ -232,5 +233,8 @@ def _code(value: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    cells = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in line] for line in lines]
+    # A bar would end the cell, and Markdown would take `<` for the beginning of HTML.
+    cells = []
+    for line in lines:
+        cells.append([cell.replace("|", "\\|").replace("<", "&lt;") for cell in line])
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)

@@ -115,6 +115,7 @@ class ModChain:
             return Message(content, reply_to=message)
 
         call: Callable[[Message, Context], Message] = innermost
+        # From the innermost to the outermost: each mod calls the function that has been made before it.
         for mod in reversed(self._mods):
             call = partial(_called, mod, call)
         settings = _Settings({**request.task.settings, records.ROUND: request.round})
@@ -128,7 +129,12 @@ class ModChain:
         return answer
 
 
-def _called(mod: Mod, call_next: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:
+def _called(
+    mod: Mod,
+    call_next: Callable[[Message, Context], Message],
+    message: Message,
+    context: Context,
+) -> Message:
     return mod(message, context, call_next)
 
 
@@ -140,7 +146,12 @@ def _with_content(message: Message, content: RecordDict) -> Message:
     return shown
 
 
-def tried(config: Config, request: Train, given: Mapping[str, Tensor], train: TrainFrom) -> Reply:
+def tried(
+    config: Config,
+    request: Train,
+    given: Mapping[str, Tensor],
+    train: TrainFrom,
+) -> Reply:
     """Trains an invented client behind the mods of a run, before the run begins; see `ModChain`.
 
     Raises:
@@ -148,7 +159,13 @@ def tried(config: Config, request: Train, given: Mapping[str, Tensor], train: Tr
     """
     client = request.client
     facts: dict[str, bool | float | int | str] = {"partition-id": client, "num-partitions": config.clients}
-    context = Context(run_id=1, node_id=client + 1, node_config=facts, state=RecordDict(), run_config={})
+    context = Context(
+        run_id=1,
+        node_id=client + 1,
+        node_config=facts,
+        state=RecordDict(),
+        run_config={},
+    )
     with records.named_run():
         message = Message(RecordDict(), dst_node_id=client + 1, message_type=MessageType.TRAIN)
         try:

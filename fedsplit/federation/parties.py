@@ -192,7 +192,13 @@ class Parties:
         self.emit(event)
 
     def report_failure(
-        self, phase: Phase, round: int, attempt: int, client: int, reason: str, refused: bool = False
+        self,
+        phase: Phase,
+        round: int,
+        attempt: int,
+        client: int,
+        reason: str,
+        refused: bool = False,
     ) -> None:
         """Reports a client that failed, or whose reply cannot be used."""
         event = ClientFailed(
@@ -206,7 +212,14 @@ class Parties:
         )
         self.emit(event)
 
-    def report_unused(self, round: int, attempt: int, client: int, cause: Cause, reason: str) -> None:
+    def report_unused(
+        self,
+        round: int,
+        attempt: int,
+        client: int,
+        cause: Cause,
+        reason: str,
+    ) -> None:
         """Reports a client that does not count in the training of a round on the run's network."""
         event = ClientUnused(
             round=round,

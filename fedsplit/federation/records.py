@@ -58,7 +58,8 @@ _KINDS: Mapping[type[Request], str] = {
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Returns tensors as arrays of the same names."""
-    return ArrayRecord({name: Array(np.asarray(tensor.numpy())) for name, tensor in tensors.items()})
+    arrays = {name: Array(np.asarray(tensor.numpy())) for name, tensor in tensors.items()}
+    return ArrayRecord(arrays)
 
 
 def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
@@ -156,7 +157,8 @@ def to_request(message: Message, client: int) -> Request:
         client: Number of the client at this node: its partition.
     """
     config: dict[str, Any] = dict(message.content.config_records[CONFIG])
-    briefing = Briefing(**{fact.name: config[fact.name] for fact in dataclasses.fields(Briefing)})
+    facts = [fact.name for fact in dataclasses.fields(Briefing)]
+    briefing = Briefing(**{name: config[name] for name in facts})
     names = ("attempt", "accepted", "folded", "folds", "discarded")
     fields: dict[str, Any] = {name: config[name] for name in names}
     fields |= {"briefing": briefing, "client": client, "round": config[ROUND]}
@@ -201,16 +203,30 @@ def _task_fields(message: Message) -> dict[str, Any]:
     terms: dict[str, Any] = dict(message.content.config_records[TASK])
     control = _tensors(message, CONTROL) if terms["controlled"] else None
     settings: Any = dict(message.content.config_records.get(SETTINGS, {}))
-    task = Task(frozenset(terms["trains"]), terms["proximal"], control, terms["tail"], terms["decay"], settings)
+    task = Task(
+        frozenset(terms["trains"]),
+        terms["proximal"],
+        control,
+        terms["tail"],
+        terms["decay"],
+        settings,
+    )
     drawn = None if terms["drawn"] < 0 else terms["drawn"]
-    return {"task": task, "drawn": drawn, "rank": terms["rank"], "kept": tuple(terms["kept"])}
+    return {
+        "task": task,
+        "drawn": drawn,
+        "rank": terms["rank"],
+        "kept": tuple(terms["kept"]),
+    }
 
 
 def to_content(answer: Answer) -> RecordDict:
     """Returns a client's answer as the content of Flower's message."""
     if isinstance(answer, Failure):
         return RecordDict({FAILURE: ConfigRecord({"kind": answer.kind, "reason": answer.reason})})
-    content: dict[str, Any] = {group: to_arrays(tensors) for group, tensors in answer.tensors.items()}
+    content: dict[str, Any] = {}
+    for group, tensors in answer.tensors.items():
+        content[group] = to_arrays(tensors)
     if answer.metrics:
         content[METRICS] = MetricRecord(dict(answer.metrics))
     if answer.about:
@@ -226,12 +242,15 @@ def to_answer(message: Message, client: int) -> Answer:
         client: Number of the client at that node.
     """
     if message.has_error():  # from the engine, not from the client: the kind can be believed
+        # Both mean that the process is gone. An error of the client's own code comes as a failure in the content.
         is_lost = message.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
         return Failure(client, CLIENT_LOST if is_lost else "", message.error.reason or "")
     content = message.content
     if FAILURE in content.config_records:
         failure = content.config_records[FAILURE]
-        return reported_failure(client, str(failure.get("kind", "")), str(failure.get("reason", "")))
+        kind = str(failure.get("kind", ""))
+        reason = str(failure.get("reason", ""))
+        return reported_failure(client, kind, reason)
     about = ""
     if CONFIG in content.config_records:
         about = str(content.config_records[CONFIG].get("about", ""))

@@ -113,8 +113,12 @@ def _play(strategy: Any, config: Config, start: Adapters) -> None:
     personal = aggregation.traits.personal
     updates = [invented_update(client, assigned[client], personal) for client in sorted(assigned)]
     if callable(getattr(strategy, "stage", None)):
-        _try_stage(OwnStage(strategy, config.strategy), updates[0], read_facts(config_folder(config.model)).width)
-    updates, replies = _sent(config, updates, {client: one.task for client, one in assigned.items()})
+        stage = OwnStage(strategy, config.strategy)
+        facts = read_facts(config_folder(config.model))
+        _try_stage(stage, updates[0], facts.width)
+    tasks = {client: one.task for client, one in assigned.items()}
+    # Mods come between the updates and the strategy, as in a run.
+    updates, replies = _sent(config, updates, tasks)
     aggregation.aggregate(1, start, updates, replies)
 
 
@@ -172,7 +176,8 @@ def _try_stage(stage: OwnStage, update: ClientUpdate, width: int) -> None:
     ids = torch.ones(2, 4, dtype=torch.long)
     states = torch.randn(2, 4, width, requires_grad=True)
     stage.begin(RoundStart(start.tensors))
-    term = stage.loss_term(Rows(ids, ids, None, states_at=lambda adapter: torch.randn(states.shape)))
+    rows = Rows(ids, ids, None, states_at=lambda adapter: torch.randn(states.shape))
+    term = stage.loss_term(rows)
     if term is not None:
         term(states)
     stage(gradients, LocalStep(parameters, gradient_at=lambda adapter: gradients))

@@ -112,6 +112,7 @@ def to_update(
         RefusedUpdate: Names, shapes, types, values or counts are not possible.
     """
     tensors = _trained_tensors(reply, given, trained, sender)
+    # Without a trained tensor, there is nothing that a control variate could belong to.
     _check_groups(reply, control if trained else "none", sender)
     control_change = _control_change(reply, given, tensors, sender) if CONTROL in reply.tensors else {}
 
@@ -136,7 +137,12 @@ def to_update(
     )
 
 
-def _trained_tensors(reply: Reply, given: Adapters, trained: Collection[str], sender: str) -> Mapping[str, Tensor]:
+def _trained_tensors(
+    reply: Reply,
+    given: Adapters,
+    trained: Collection[str],
+    sender: str,
+) -> Mapping[str, Tensor]:
     """Returns the adapters that a client trained.
 
     Args:
@@ -148,6 +154,7 @@ def _trained_tensors(reply: Reply, given: Adapters, trained: Collection[str], se
     Raises:
         RefusedUpdate: A name, a shape, a type or the size of the change is not possible.
     """
+    # Only trained tensors: `check_fits` refuses every further name.
     expected = given.with_tensors(select(given.tensors, trained))
     tensors = _sent_tensors(reply, ADAPTERS, sender)
     # Names and shapes first: the checks that follow look tensors up by name, and subtract them.
@@ -158,7 +165,12 @@ def _trained_tensors(reply: Reply, given: Adapters, trained: Collection[str], se
     return tensors
 
 
-def _control_change(reply: Reply, given: Adapters, trained: Mapping[str, Tensor], sender: str) -> Mapping[str, Tensor]:
+def _control_change(
+    reply: Reply,
+    given: Adapters,
+    trained: Mapping[str, Tensor],
+    sender: str,
+) -> Mapping[str, Tensor]:
     """Returns the change of a client's control variate, which has a tensor for each trained one.
 
     Raises:
@@ -177,7 +189,12 @@ def _types_of(adapters: Adapters) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in adapters.tensors.items()}
 
 
-def to_score(reply: Reply, sender: str, workload: Workload, metrics: Collection[str] = ()) -> Score:
+def to_score(
+    reply: Reply,
+    sender: str,
+    workload: Workload,
+    metrics: Collection[str] = (),
+) -> Score:
     """Turns a client's reply into its score on its held-out text.
 
     Args:
@@ -354,7 +371,13 @@ class _Report:
             raise RefusedUpdate(f"{self._sender} sent a router-loss, and the model has no routers that are balanced")
         return None
 
-    def count(self, name: str, noun: str = "", least: int = 0, most: int | None = None) -> int:
+    def count(
+        self,
+        name: str,
+        noun: str = "",
+        least: int = 0,
+        most: int | None = None,
+    ) -> int:
         """Returns a whole number.
 
         Args:

@@ -55,6 +55,7 @@ class Round:
         """
         self._parties = parties
         self._before = state
+        # Taken before the strategy is asked for anything, since assigning and aggregating change its memory.
         self._strategy = parties.aggregation.memory()
         self._assigned: Mapping[int, Assignment] = {}
         self._training = Training({})
@@ -90,7 +91,8 @@ class Round:
         self._training = training.train(self._parties, self.state, self.number, self._assigned, self.attempt)
         self._loss = self._training.loss
         self._cost.add_training(self._training)
-        self._events.append(training.event_of(self._parties, self.state, self.number, self._training))
+        event = training.event_of(self._parties, self.state, self.number, self._training)
+        self._events.append(event)
 
     def aggregate(self) -> None:
         """Lets the strategy aggregate the updates, and brings ledger and trunk up to date."""
@@ -98,6 +100,7 @@ class Round:
         state = self.state
         updates = self._training.updates
         if not updates and not parties.aggregation.traits.idles:  # all clients rest
+            # Without this, the changes of an earlier round would be sent again.
             state.ledger.fold(self.number, {})
             state.error = None
             return
@@ -132,6 +135,7 @@ class Round:
     def evaluate(self) -> None:
         """Lets clients measure the new adapters, if the round is to be evaluated."""
         own: Mapping[int, Score] = self._training.scores
+        # Before the updates are dropped, since the answer depends on them.
         changed = self._has_changed()
         # The tensors are needed no more, and an evaluation takes memory, too.
         self._training.updates = []

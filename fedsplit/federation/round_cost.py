@@ -58,7 +58,13 @@ class Cost:
             self.evaluation[client] = seconds_of(reply)
             self.memory[client] = max(memory_of(reply), self.memory.get(client, 0))
 
-    def event(self, state: RunState, round: int, traffic: Traffic, name: Callable[[int], str]) -> RoundCost:
+    def event(
+        self,
+        state: RunState,
+        round: int,
+        traffic: Traffic,
+        name: Callable[[int], str],
+    ) -> RoundCost:
         """Returns the event that reports the cost.
 
         Args:
@@ -83,9 +89,10 @@ class Cost:
         other = totals.seconds_since(elapsed) - sum(self.seconds.values())
         tokens = sum(self.tokens.values())
         training = self.seconds.get("training", 0.0)
-        speeds = {
-            client: count / self.training[client] for client, count in self.tokens.items() if self.training[client]
-        }
+        speeds = {}
+        for client, count in self.tokens.items():
+            if self.training[client]:
+                speeds[client] = count / self.training[client]
         client_seconds = {"training": self.training, "sample": self.sample, "evaluation": self.evaluation}
         return RoundCost(
             round=round,

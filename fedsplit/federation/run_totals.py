@@ -94,6 +94,7 @@ class RunTotals:
     def _since(self, event: str, trunk: Mapping[str, int], prefix: str) -> dict[str, int]:
         """Returns the counts with a prefix since the last call for the same event and prefix."""
         totals = self._totals(trunk, prefix)
+        # The first event of a name counts from the resumption, if the run was resumed.
         reported = self._reported.get(prefix + event, self._reported.get(prefix + RESUMED, {}))
         self._reported[prefix + event] = totals
         return {kind: total - reported.get(kind, 0) for kind, total in totals.items()}

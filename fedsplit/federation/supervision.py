@@ -39,7 +39,12 @@ class Supervisor:
     """
 
     def __init__(
-        self, host: TrunkHost, clients: Clients, config: Config, emit: Emit, gather: Callable[[], Parties]
+        self,
+        host: TrunkHost,
+        clients: Clients,
+        config: Config,
+        emit: Emit,
+        gather: Callable[[], Parties],
     ) -> None:
         """Plays nothing yet.
 

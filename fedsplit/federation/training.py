@@ -90,7 +90,8 @@ def train(
     trunk = parties.trunk
     schedule = parties.schedule
     if schedule.personal:
-        trunk.assign({client: ledger.trunk_start(client, one) for client, one in assigned.items()})
+        starts = {client: ledger.trunk_start(client, one) for client, one in assigned.items()}
+        trunk.assign(starts)
     training = _Collection(parties, state, round, assigned, attempt, started).collect()
 
     # The trunk keeps the state of clients with a usable update alone, as the server does below.
@@ -162,6 +163,8 @@ class _Collection:
         reason = "no client sent anything that can be used"
         for group in self._groups:
             if self._alternates:
+                # From here on, the trunk refuses steps of all clients outside of the group, such as a late client of
+                # the group before.
                 parties.trunk.begin(group)
             try:
                 parties.ask(
@@ -194,7 +197,8 @@ class _Collection:
         if parties.virtual is None:
             return None
         phases = self._traffic.phases(parties.trunk.take_trace(), self._round)
-        found = parties.virtual.training(phases, self._round, self._used.keys(), sorted(self._unavailable))
+        unavailable = sorted(self._unavailable)
+        found = parties.virtual.training(phases, self._round, self._used.keys(), unavailable)
         self._unused = found.unused
         for client, (cause, reason) in found.unused.items():
             parties.report_unused(self._round, self._attempt.number, client, cause, reason)
@@ -205,6 +209,7 @@ class _Collection:
         """Leaves out a client that has sent an update."""
         self._parties.trunk.leave(client)
         _, update = self._used.pop(client)
+        # The tokens of the round are those of the updates that count.
         self._tokens -= update.tokens
 
     def _leave_out_misfits(self, copies: Mapping[int, Copy]) -> None:
@@ -223,7 +228,9 @@ class _Collection:
         # Each rule looks only at clients that have passed the earlier rules: a misfit would move the comparison.
         updates = [update for _, update in self._used.values() if update.client not in misfits]
         if parties.config.max_update_norm:
-            norms = {update.client: self._norm_of(update, copies.get(update.client)) for update in updates}
+            norms = {}
+            for update in updates:
+                norms[update.client] = self._norm_of(update, copies.get(update.client))
             misfits |= quarantine.too_large(norms, parties.config.max_update_norm)
         if parties.briefing.stage:
             updates = [update for update in updates if update.client not in misfits]
@@ -374,7 +381,8 @@ class _Collection:
             reply = self._decoded(reply, given)
             update = to_update(reply, given, returned, sender, parties.workloads[client], self._control_of(client))
         except RefusedUpdate as refused:
-            parties.report_failure("training", self._round, self._attempt.number, client, str(refused), refused=True)
+            reason = str(refused)
+            parties.report_failure("training", self._round, self._attempt.number, client, reason, refused=True)
             return None
         return replace(update, weight=_weight(update, parties.config.weights))
 

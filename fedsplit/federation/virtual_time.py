@@ -43,12 +43,13 @@ class VirtualTime:
         fleet = read_fleet(config.network.profile)
         schedule = SCHEDULES[config.trunk.schedule]
         several = config.trunk.replicas > 1
+        lanes = max(1, config.trunk.lanes)
         self._config = config
         self.field = Field(
             fleet.profiles(names, config.seed),
             fleet.trunk,
             compute_of(config),
-            Discipline(schedule.gathers, schedule.sums, config.trunk.every, max(1, config.trunk.lanes)),
+            Discipline(schedule.gathers, schedule.sums, config.trunk.every, lanes),
             config.seed,
             replicas_of(config.clients, config.trunk.replica_weights) if several else (),
         )
@@ -58,6 +59,7 @@ class VirtualTime:
         missing = {}
         for client in clients:
             availability = self.field.profiles[client].availability
+            # A seed has 63 bits, so that the quotient is a draw between 0 and 1.
             drawn = derive_seed(self._config.seed, "availability", client, round) / 2**63
             if drawn >= availability:
                 missing[client] = f"it is not available (availability {plain_number(availability)})"
@@ -68,7 +70,11 @@ class VirtualTime:
         return replay(self.field, phases, round, phase)
 
     def training(
-        self, phases: Mapping[int, ClientPhase], round: int, usable: Collection[int], unavailable: Sequence[int]
+        self,
+        phases: Mapping[int, ClientPhase],
+        round: int,
+        usable: Collection[int],
+        unavailable: Sequence[int],
     ) -> TrainingTime:
         """Returns the training of a round in virtual time.
 
@@ -84,7 +90,8 @@ class VirtualTime:
         """Returns the training of a round whose replay is known. For the arguments see `training`."""
         usable_arrivals = {client: phase.arrivals[client] for client in sorted(usable)}
         late = self._late(usable_arrivals)
-        surplus = self._surplus({client: at for client, at in usable_arrivals.items() if client not in late})
+        in_time = {client: at for client, at in usable_arrivals.items() if client not in late}
+        surplus = self._surplus(in_time)
         end = self._end_of_training(phase.arrivals, late.keys() | surplus.keys())
         return TrainingTime(phase, end, late, surplus, unavailable)
 
@@ -112,6 +119,7 @@ class VirtualTime:
         config = self._config
         if config.network.over_select <= 1:
             return {}
+        # The number of the client decides between equal arrivals.
         order = sorted(arrivals, key=lambda client: (arrivals[client], client))
         enough = counted(config.sampled, "update is", "updates are") + " needed"
         surplus = {}
@@ -127,10 +135,12 @@ class VirtualTime:
             arrivals: Virtual seconds until a client's update is at the server, by client.
             unused: Clients whose update is late or surplus.
         """
-        last = max((seconds for client, seconds in arrivals.items() if client not in unused), default=0.0)
+        of_used = [seconds for client, seconds in arrivals.items() if client not in unused]
+        last = max(of_used, default=0.0)
         misses_deadline = any(seconds > self._config.round_deadline for seconds in arrivals.values())
         # The server cannot know that nobody else will come, unless enough have.
-        has_enough = self._config.network.over_select > 1 and len(arrivals) - len(unused) >= self._config.sampled
+        used = len(arrivals) - len(unused)
+        has_enough = self._config.network.over_select > 1 and used >= self._config.sampled
         if self._config.round_deadline and misses_deadline and not has_enough:
             return self._config.round_deadline
         return last
@@ -156,9 +166,10 @@ class PhaseTraffic:
             round: Number of the round.
         """
         by_client = settled(crossings, round, self.up.keys())
-        return {
-            client: ClientPhase(self.down[client], self.up[client], by_client[client]) for client in sorted(self.up)
-        }
+        phases = {}
+        for client in sorted(self.up):
+            phases[client] = ClientPhase(self.down[client], self.up[client], by_client[client])
+        return phases
 
 
 @dataclass(frozen=True)
@@ -182,9 +193,12 @@ class TrainingTime:
     @property
     def unused(self) -> dict[int, tuple[Cause, str]]:
         """Clients whose update is late or surplus, with cause and reason."""
-        late: dict[int, tuple[Cause, str]] = {client: ("late", reason) for client, reason in self.late.items()}
-        surplus: dict[int, tuple[Cause, str]] = {client: ("surplus", reason) for client, reason in self.surplus.items()}
-        return dict(sorted((late | surplus).items()))
+        unused: dict[int, tuple[Cause, str]] = {}
+        for client, reason in self.late.items():
+            unused[client] = "late", reason
+        for client, reason in self.surplus.items():
+            unused[client] = "surplus", reason
+        return dict(sorted(unused.items()))
 
 
 @dataclass
@@ -246,7 +260,11 @@ class VirtualTotals:
 
 
 def round_event(
-    round: int, before: float, names: Sequence[str], training: TrainingTime | None, evaluation: PhaseTime | None
+    round: int,
+    before: float,
+    names: Sequence[str],
+    training: TrainingTime | None,
+    evaluation: PhaseTime | None,
 ) -> RoundReplayed:
     """Returns the event that reports a round in virtual time.
 
@@ -262,7 +280,8 @@ def round_event(
     evaluation_seconds = 0.0 if evaluation is None else evaluation.end
     arrivals: dict[int, float] = {}
     if training is not None:
-        arrivals = {client: at for client, at in training.phase.arrivals.items() if client not in training.unused}
+        unused = training.unused
+        arrivals = {client: at for client, at in training.phase.arrivals.items() if client not in unused}
         _add_phase(spent, {client: training.phase.spent[client] for client in arrivals}, arrivals, training_seconds)
     if evaluation is not None:
         _add_phase(spent, evaluation.spent, evaluation.arrivals, evaluation_seconds)
@@ -283,7 +302,10 @@ def round_event(
 
 
 def _add_phase(
-    spent: dict[int, ClientTime], phase: Mapping[int, ClientTime], arrivals: Mapping[int, float], end: float
+    spent: dict[int, ClientTime],
+    phase: Mapping[int, ClientTime],
+    arrivals: Mapping[int, float],
+    end: float,
 ) -> None:
     """Adds the time of clients in a phase. From its arrival to the end of the phase, a client waits for the others."""
     for client, time in phase.items():
@@ -308,11 +330,13 @@ def operations_of(config: Config) -> Operations:
     """Returns the numbers of operations of a run's parts."""
     parts: dict[str, Part] = {}
 
+    # A run has few different shapes of batches, and each is counted once.
     @functools.cache
     def flops(kind: str, rows: int, length: int) -> Flops:
         if kind not in parts:
             parts[kind] = outlined(config, kind)  # type: ignore[arg-type]  # the name of a part
         part = parts[kind]
+        # A length at the cut includes the virtual tokens, which `flops_of` adds by itself.
         return flops_of(part, rows, max(1, length - part.virtual))
 
     def operations(task: Task, rows: int, length: int) -> float:

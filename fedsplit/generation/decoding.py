@@ -118,6 +118,7 @@ class DecodingSession:
             self._seen = nn.functional.pad(mask, (virtual, 0), value=True)
         self._bottom = Past(self._half.bottom, self._seen)
         self._top = Past(self._half.top, self._seen)
+        # Not from the run's seed: two processes that write text at the same time must not share a name.
         self._session = secrets.token_hex(8)
         self._steps = 0
 

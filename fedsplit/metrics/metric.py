@@ -41,7 +41,14 @@ class Metric(Protocol):
         (0.25, 1.0)
     """
 
-    def __call__(self, logits: Tensor, labels: Tensor, /, *args: Any, **kwargs: Any) -> tuple[float, float]:
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[float, float]:
         """Returns the sum and the count of a batch.
 
         A client's metric is the sum over all batches of the client, divided by the sum of the counts. The metric of a
@@ -154,7 +161,12 @@ def load_metrics(
     return metrics
 
 
-def try_metrics(metrics: Mapping[str, Metric], specs: Sequence[str], outputs: int, classifies: bool) -> None:
+def try_metrics(
+    metrics: Mapping[str, Metric],
+    specs: Sequence[str],
+    outputs: int,
+    classifies: bool,
+) -> None:
     """Calls each metric once on invented logits, so that mistakes show before a run begins.
 
     Args:
@@ -188,11 +200,15 @@ def asked_by(*metrics: Metric) -> frozenset[str]:
         >>> asked_by(*load_metrics(["token_accuracy"], {}).values())
         frozenset()
     """
-    return frozenset[str]().union(*(getattr(metric, "further", ()) for metric in metrics))
+    names = [getattr(metric, "further", ()) for metric in metrics]
+    return frozenset[str]().union(*names)
 
 
 def measure(
-    metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor, further: Mapping[str, Tensor] | None = None
+    metrics: Mapping[str, Metric],
+    logits: Tensor,
+    labels: Tensor,
+    further: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Returns each metric's sum and count over a batch.
 

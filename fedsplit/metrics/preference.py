@@ -98,4 +98,5 @@ def pair_score(
     pairs = len(labels) // 2
     arguments = {name: further[name] for name in demands_of(objective).further}
     loss = float(objective(logits, labels, **arguments))
+    # The sum over the pairs, so that the scores of batches of any size can be added.
     return Score(loss * pairs, pairs, metrics=measure(metrics, logits, labels, further))

@@ -16,7 +16,12 @@ from transformers.masking_utils import sdpa_mask
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes the library's attention; on a CPU always in float32.
 
@@ -34,6 +39,7 @@ _WIDE = "fedsplit_wide"
 """Name of `_attention` in the library."""
 
 AttentionInterface.register(_WIDE, _attention)
+# For an attention without a mask function of the same name, the library makes no mask.
 AttentionMaskInterface.register(_WIDE, sdpa_mask)
 
 

@@ -50,6 +50,7 @@ def targets_of(
     outside = []
     for block in blocks:
         inside = {name for name, _ in block.named_parameters()}
+        # The whole module around the experts counts, so that the projections of a shared expert are left out, too.
         mixtures = tuple(f"{path.partition('.')[0]}." for path in parameters.values() if path in inside)
         outside += [name for name, _ in projections_of(block) if not name.startswith(mixtures)]
     if any(name.endswith("A_log") for block in blocks for name, _ in block.named_parameters()):  # a state-space model
@@ -106,9 +107,12 @@ def narrows_of(blocks: list[nn.Module], width: int) -> tuple[str, ...]:
             rows = weight.shape[1 if isinstance(module, Conv1D) else 0]
             if rows != width or any(_ATTENTION.search(component) for component in name.split(".")):
                 continue
+            # GPT-2's attention and MLP both have a `c_proj`. In such a model the MLP's name keeps the path before the
+            # last component, or an adapter would go to both.
             last = name.rpartition(".")[2]
-            others = [other for other in names if other.rpartition(".")[2] == last and _ATTENTION.search(other)]
-            found.append(name if others else last)
+            namesakes = [other for other in names if other.rpartition(".")[2] == last]
+            is_shared = any(_ATTENTION.search(other) for other in namesakes)
+            found.append(name if is_shared else last)
     return tuple(dict.fromkeys(found))
 
 
@@ -126,6 +130,8 @@ def router_of(model: PreTrainedModel, blocks: list[nn.Module]) -> str | None:
         blocks: Its blocks.
     """
     recorders = getattr(model, "_can_record_outputs", None) or {}
+    # `fedsplit.model.routers` reads the first output of a router, and the two sizes below from the configuration. A
+    # model that lacks any of these is not balanced here.
     recorder = recorders.get("router_logits")
     router_class = getattr(recorder, "target_class", None)
     if not is_balanced(model) or router_class is None or getattr(recorder, "index", None) != 0:

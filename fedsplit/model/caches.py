@@ -103,9 +103,12 @@ class Past:
         if self._cache is None:
             self._cache = PartCache(self._part, rows)
         elif self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(rows, count)], 1)
+            # Only prompts are padded: every later token is text.
+            of_text = self._mask.new_ones(rows, count)
+            self._mask = torch.cat([self._mask, of_text], 1)
         mask = self._mask
         if mask is not None and self._part.ahead:
+            # Every token may attend to the trained past, also a token of a padded sequence.
             mask = nn.functional.pad(mask, (self._part.ahead, 0), value=True)
         positions = self._positions(count, start.device)
         output = self._part.extend(start, mask, positions, self._cache)
@@ -122,6 +125,8 @@ class Past:
             return None
         if self._mask is None:
             return torch.arange(self.length, self.length + count, device=device)[None]
+        # Padding would get position -1, which learned positions do not have. Any position does, since padding is
+        # masked.
         text = (self._mask.cumsum(1) - 1).clamp(min=0)
         return text[:, self.length - self._part.ahead :] + self._part.ahead
 

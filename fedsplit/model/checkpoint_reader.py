@@ -74,10 +74,14 @@ class CheckpointReader:
         self._files = find_tensors(path)
         self.bits = bits_in(quantization_of(path))
         self._statistics = statistics_of(self._files) if self.bits else {}
+        # Statistics and scales are read with the weight that they belong to. As parameters the model does not know
+        # them.
         names = without_statistics(self._files, self._statistics)
         self._sources = sources_of(model, [name for name in names if not name.endswith(SCALE)])
+        # bitsandbytes stores every weight as (out, in), and a `Conv1D` has (in, out).
         turned = {f"{layer}.weight" for layer in transposed_layers(model)}
-        self._turned = {stored for name in turned & self._sources.keys() for stored in self._sources[name].names}
+        present = turned & self._sources.keys()
+        self._turned = {stored for name in present for stored in self._sources[name].names}
         self._parameters: dict[str, nn.Parameter] = {}
         ties: dict[str, str] = model.all_tied_weights_keys
         sources = {source: target for target, source in ties.items()}
@@ -132,7 +136,8 @@ class CheckpointReader:
 
     def _packed(self, stored: str) -> PackedWeight:
         """Reads a quantised weight by its name in the files."""
-        statistics = {key: self._whole(name) for key, name in self._statistics[stored].items()}
+        names = self._statistics[stored]
+        statistics = {key: self._whole(name) for key, name in names.items()}
         try:
             return packed_weight(self._whole(stored), statistics)
         except ValueError as error:
@@ -180,14 +185,18 @@ class CheckpointReader:
             yield slice(0, len(values)), values
             return
         length, *row_shape = self._shape(name)
+        # At 4 bytes for a value, the size in float32. A row without values counts as 1 byte, so that the division
+        # works.
         row_bytes = max(1, 4 * torch.Size(row_shape).numel())
         rows = max(1, _AT_ONCE // row_bytes)
         first, last, _ = piece[0].indices(length)
         for begin in range(first, last, rows):
             end = min(begin + rows, last)
+            place = slice(begin - first, end - first)
+            chosen = (slice(begin, end), *piece[1:])
             # The file is opened anew for each slice, since pages of an open file stay resident.
             with safe_open(self._files[name], framework="pt") as file:
-                yield slice(begin - first, end - first), file.get_slice(name)[slice(begin, end), *piece[1:]]
+                yield place, file.get_slice(name)[chosen]
 
     def _fill(self, name: str, target: Tensor) -> None:
         """Reads a tensor of the files into memory, and casts it."""
@@ -220,15 +229,24 @@ class CheckpointReader:
             device: Device of a parameter that is read for the first time; None for the reader's device.
         """
         source = self._find(name)
+        # By the name in the files, which two tied parameters have in common: the second finds the tensor of the
+        # first.
         key = source.names[0] if source.is_plain else name
         if key not in self._parameters:
+            # Mapped if possible: processes with the same file then share its pages.
             tensor = self._mapped(key) if source.is_plain else None
             if tensor is None:
                 tensor = self._assembled(name, source)
             self._parameters[key] = nn.Parameter(tensor.to(device or self._device), requires_grad=False)
         return self._parameters[key]
 
-    def piece(self, name: str, dimension: int, place: slice, device: torch.device) -> nn.Parameter:
+    def piece(
+        self,
+        name: str,
+        dimension: int,
+        place: slice,
+        device: torch.device,
+    ) -> nn.Parameter:
         """Returns a frozen piece of a parameter. The rest of the parameter is not read.
 
         Args:
@@ -317,6 +335,7 @@ class CheckpointReader:
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drops parameters from memory. Otherwise the reader keeps each parameter, for a second part with a tie."""
+        # By identity, since `==` would compare the values of two tensors.
         dropped = {id(parameter) for parameter in parameters}
         for key, value in list(self._parameters.items()):
             if id(value) in dropped:
@@ -349,6 +368,7 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
         if checkpoint.bits and not checkpoint.is_quantised:
             raise ValueError(f"config.json says that its weights are in {checkpoint.bits} bits, and none is")
         shapes = {}
+        # Tied parameters are listed under both names: the files may have both, and either may have a wrong shape.
         for name, parameter in model.named_parameters(remove_duplicate=False):
             is_new_head = classes > 0 and name.partition(".")[0] == SCORE
             if not is_new_head:

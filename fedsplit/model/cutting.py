@@ -129,6 +129,8 @@ def fix_kinds(config: PretrainedConfig, blocks: range, depth: int) -> None:
             if is_per_block(name, kinds, depth):
                 fixed[name] = list(kinds[blocks.start : blocks.stop])
     if fixed:
+        # A property cannot be overwritten on an object. A subclass for this one object leaves the library's class,
+        # and with it the configurations of other parts, unchanged.
         config.__class__ = type(type(config).__name__, (type(config),), fixed)
 
 

@@ -153,6 +153,7 @@ def derive(config: PretrainedConfig) -> Family:
         words = "no cut will do: each of its blocks reads an embedding of the tokens, which the trunk must not see"
         raise Underivable(words)
     small = miniature(config)
+    # The miniature draws random weights. Outside of this context, the generator of the process goes on as before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build(small)
@@ -200,6 +201,7 @@ def build(small: PretrainedConfig) -> PreTrainedModel:
         Underivable: The library cannot build the model, or it is not small.
     """
     try:
+        # First in outline, since a miniature that turns out large must not fill the memory.
         with torch.device("meta"):
             size = AutoModelForCausalLM.from_config(small).num_parameters()
         if size > _LARGEST:
@@ -247,11 +249,14 @@ class _Names:
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 lists.append(name)
+        # A block may have a list of the same length, such as its experts. A list inside another list is not the list
+        # of blocks.
         outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
         if not outermost:
             raise Underivable(f"it has no list of {depth} blocks")
         embedding = _name_of(model, model.get_input_embeddings())
-        beside = [name for name in outermost if embedding.rpartition(".")[0] == name.rpartition(".")[0]]
+        owner = embedding.rpartition(".")[0]
+        beside = [name for name in outermost if name.rpartition(".")[0] == owner]
         if len(beside) != 1:
             raise Underivable(f"its embedding {embedding} is not beside one list of blocks, {' or '.join(outermost)}")
         self.decoder, _, self.blocks = beside[0].rpartition(".")
@@ -316,14 +321,27 @@ class _Trace:
         if self._entered != list(range(len(blocks))):
             raise Underivable(f"its blocks are entered in the order {self._entered}")
 
-    def _enter(self, number: int, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _enter(
+        self,
+        number: int,
+        _block: nn.Module,
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
         """Notes that a block begins to compute."""
         self._entered.append(number)
         hidden = inputs[0] if inputs else options.get("hidden_states")
         if isinstance(hidden, Tensor) and hidden.ndim != 3:
             raise Underivable(f"its blocks pass on hidden states of the shape {tuple(hidden.shape)}")
 
-    def _hear(self, name: str, blocks: int, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _hear(
+        self,
+        name: str,
+        blocks: int,
+        _module: nn.Module,
+        inputs: tuple[Any, ...],
+        output: Any,
+    ) -> None:
         """Notes a module that has computed.
 
         Args:
@@ -332,7 +350,8 @@ class _Trace:
             inputs: Positional arguments of the module.
             output: Result of the module.
         """
-        is_wide = isinstance(output, Tensor) and output.is_floating_point() and output.shape[-1:] == (self._width,)
+        is_floating = isinstance(output, Tensor) and output.is_floating_point()
+        is_wide = is_floating and output.shape[-1:] == (self._width,)
         if not is_wide and not self._is_hidden(output):  # rotary positions, which every part computes
             return
         if not self._entered and not (inputs and self._is_hidden(inputs[0])):
@@ -360,4 +379,5 @@ def _has_plain_head(model: PreTrainedModel, names: _Names, cap: float | None) ->
     head = model.get_output_embeddings()
     with torch.no_grad():
         logits = LibraryHead(model, names.decoder, names.head)(states, head)
+        # Equal to the bit: both ways make the same product, so any difference comes from a further operation.
         return torch.equal(logits, capped(head(states), cap))

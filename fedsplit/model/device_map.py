@@ -40,10 +40,13 @@ def plan(part: Part, devices: Sequence[torch.device]) -> list[torch.device]:
     """
     sizes = [_bytes_of(block) for block in _blocks(part)]
     free = [_free_bytes(device) for device in devices]
-    ends = [sum(free[: place + 1]) / sum(free) * sum(sizes) for place in range(len(devices))]
+    all_free = sum(free)
+    all_bytes = sum(sizes)
+    ends = [sum(free[: place + 1]) / all_free * all_bytes for place in range(len(devices))]
     by_block = []
     used = dict.fromkeys(devices, 0)
     for block, size in enumerate(sizes):
+        # A block that lies across the border of two shares goes to the device that has the larger piece of the block.
         middle = sum(sizes[:block]) + size / 2
         device = next(device for device, end in zip(devices, ends, strict=True) if middle <= end)
         by_block.append(device)

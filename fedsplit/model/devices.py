@@ -51,6 +51,7 @@ def trunk_devices(config: Config) -> list[torch.device]:
     if config.trunk.devices == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return [torch.device("cuda", number) for number in range(count)]
+    # Without the empty text that is left where no device is named.
     return [torch.device(name) for name in filter(None, config.trunk.devices.split(","))]
 
 

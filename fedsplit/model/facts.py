@@ -167,6 +167,7 @@ def _check_depth(path: Path) -> None:
         return  # the library says what is wrong
     if not isinstance(document, dict):
         return
+    # The number may stand in a nested configuration, such as the text model of a model of images.
     parts = [document, *(part for part in document.values() if isinstance(part, dict))]
     for blocks in (part.get(key) for part in parts for key in DEPTHS):
         if _is_whole(blocks) and blocks > _MOST_BLOCKS:
@@ -249,7 +250,8 @@ def _read_experts(
     if sign is None:
         return {}
     coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-    if not isinstance(coefficient, int | float) or isinstance(coefficient, bool) or not 0 <= coefficient < math.inf:
+    is_number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+    if not is_number or not 0 <= coefficient < math.inf:
         raise SettingError("model", f"{path} (its config.json has no possible router_aux_loss_coef)", allowed)
 
     experts, routed = _count_experts(config, family, sign, stacked)
@@ -274,13 +276,16 @@ def _count_experts(
     """
     key = identity_of(config)
     if key not in _COUNTED:
+        # The whole model in outline: which blocks have experts is up to the library's code, and the outline takes no
+        # memory.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         blocks = getattr(model.get_submodule(family.decoder), family.blocks)
         routed = []
         experts = 0
         for number, block in enumerate(blocks):
-            inside = {name for name, _ in block.named_modules()} | {name for name, _ in block.named_parameters()}
+            inside = {name for name, _ in block.named_modules()}
+            inside |= {name for name, _ in block.named_parameters()}
             if sign in inside:
                 routed.append(number)
             if stacked in inside:

@@ -85,7 +85,12 @@ _Projection = list[_Matrix]
 """The matrices of a projection: its weight, and then those of its adapter."""
 
 
-def flops_of(part: Part, rows: int, length: int, input_needs_gradient: bool | None = None) -> Flops:
+def flops_of(
+    part: Part,
+    rows: int,
+    length: int,
+    input_needs_gradient: bool | None = None,
+) -> Flops:
     """Returns the operations of a part for a batch of a training step. An evaluation takes the forward alone.
 
     The weights may be on any device, also on the meta device: only shapes are read.
@@ -127,7 +132,9 @@ def flops_by_block(part: Part, rows: int, length: int, input_needs_gradient: boo
     """
     needs = input_needs_gradient or part.virtual > 0  # virtual tokens are trained, at the bottom's input
     positions = length + part.virtual
-    batch = _Batch(rows * positions, rows * positions * (part.ahead + positions), has_trained_past=part.ahead > 0)
+    tokens = rows * positions
+    pairs = tokens * (part.ahead + positions)
+    batch = _Batch(tokens, pairs, has_trained_past=part.ahead > 0)
     costs = []
     for block in getattr(part.decoder, part.family.blocks):
         cost, needs = _of_block(block, part.config, batch, needs)
@@ -150,7 +157,12 @@ class _Batch:
     has_trained_past: bool
 
 
-def _of_block(block: nn.Module, config: Any, batch: _Batch, needs: bool) -> tuple[Flops, bool]:
+def _of_block(
+    block: nn.Module,
+    config: Any,
+    batch: _Batch,
+    needs: bool,
+) -> tuple[Flops, bool]:
     """Returns the operations of a block, and whether its output needs a gradient.
 
     Args:
@@ -230,7 +242,8 @@ def _used_share(name: str, shape: Any, config: Any) -> float:
     is_stacked = "experts" in name and any(f".{last}" in name for last in STACKED) and len(shape) == 3
     if not is_stacked:
         return 1.0
-    chosen = next((getattr(config, key) for key in _CHOSEN if getattr(config, key, None)), shape[0])
+    numbers = (getattr(config, key, None) for key in _CHOSEN)
+    chosen = next((number for number in numbers if number), shape[0])
     return min(1.0, float(chosen) / float(shape[0]))
 
 
@@ -263,5 +276,6 @@ def head_flops(part: Part, rows: int, length: int, input_needs_gradient: bool = 
             matrices.append(_Matrix(2.0 * parameter.numel(), parameter.requires_grad))
     # The fused loss leaves out the last position, which predicts nothing.
     is_fused = part.fused and part.family.plain_head and not is_classifier
+    # With virtual tokens before the text, the last virtual token predicts the first token of the text.
     predicted = length - 1 + min(part.virtual, 1) if is_fused else length + part.virtual
     return _of_projection(matrices, input_needs_gradient).times(rows * predicted)

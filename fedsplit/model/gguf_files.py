@@ -90,6 +90,8 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
         (draft / _LINK).symlink_to(file.resolve())
         fill(draft)
         (draft / _LINK).unlink()
+        # On the disk before the rename: after a crash, a folder of the final name with empty files would count as
+        # unpacked.
         for written in (*draft.iterdir(), draft):
             sync(written)
         try:
@@ -103,6 +105,7 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
         raise SettingError("model", f"{file} ({first_line(error)})", ALLOWED) from None
     finally:
         if draft is not None:
+            # After a rename the draft's name is free, and there is nothing to delete.
             shutil.rmtree(draft, ignore_errors=True)
     return target
 

@@ -24,6 +24,8 @@ class WholeHead(nn.Linear):
             base: The head of the base model, without a bias. The call does not change the head.
         """
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")  # no memory for a random start
+        # A copy also where the base is in float32: the base's weight may be tied to the embedding, which stays
+        # frozen.
         self.weight = nn.Parameter(base.weight.detach().to(torch.float32, copy=True))
         self._computing = base.weight.dtype
 

@@ -65,6 +65,7 @@ def parse(name: str) -> HubName | None:
 
 def _reason(error: Exception, name: HubName) -> str:
     """Explains an error of the Hub's library in one line."""
+    # First, since the error of a restricted repository is also one of a repository that is not found.
     if isinstance(error, GatedRepoError):
         return "access to it is restricted: ask for it on its page, then set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
@@ -109,6 +110,7 @@ def config_folder(name: HubName) -> Path:
         SettingError: The files cannot be fetched, or the repository has no config.json, or has an adapter.
     """
     try:
+        # First the cache alone: files of a cached commit are used even if the branch has moved on.
         cached = snapshot_download(
             name.repository, revision=name.revision, allow_patterns=list(_SMALL), local_files_only=True
         )
@@ -126,7 +128,10 @@ def config_folder(name: HubName) -> Path:
 
 
 def fetch_weights(
-    name: HubName, folder: Path, wanted: Callable[[str], bool], tell: Callable[[str], object] = lambda line: None
+    name: HubName,
+    folder: Path,
+    wanted: Callable[[str], bool],
+    tell: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Fetches missing weights of a model into the cache folder of a commit.
 
@@ -147,6 +152,7 @@ def fetch_weights(
         return
     if not (folder / INDEX).exists():
         tell(f"fetching the weights of {name}")
+        # By the commit, which gives the folder its name: the weights must belong to the configuration that was read.
         _download(name, folder.name, (INDEX, WEIGHTS))
         if (folder / WEIGHTS).exists():
             return

@@ -112,7 +112,12 @@ class _Products:
     """
 
     def __init__(
-        self, rows: Tensor, head: Tensor, low: Tensor | None, up: Tensor | None, wanted: Sequence[bool]
+        self,
+        rows: Tensor,
+        head: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        wanted: Sequence[bool],
     ) -> None:
         """Allocates memory for the gradients.
 
@@ -129,6 +134,7 @@ class _Products:
         self._type = head.dtype
         self.gradients: list[Tensor | None] = [None] * 4
         for place, (left, right) in enumerate(self._pairs):
+            # Without zeros: `back` writes the gradient of each row once.
             if wanted[2 * place]:
                 self.gradients[2 * place] = torch.empty_like(left, dtype=head.dtype)
             if wanted[2 * place + 1]:  # in float32: the gradient is a sum over many runs of rows
@@ -190,6 +196,7 @@ class _Loss(torch.autograd.Function):
         step = -(-count // runs) if count else 1
         # All runs use the same memory: fresh pages would cost as much as a pass over them.
         buffer = torch.empty(min(step, count), size, dtype=head.dtype, device=rows.device)
+        # The soft cap and the softmax need float32. Logits in 16 bits are converted in memory of their own.
         wide = None if head.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
 
         for start in range(0, count, step):
@@ -203,8 +210,10 @@ class _Loss(torch.autograd.Function):
                 continue
             _Loss._to_gradient(scores, label, products, start, cap, nats)
             if slope is not None:
+                # By the chain rule, the gradient also passes through the soft cap.
                 scores.mul_(slope)
             if scores is not logits:
+                # Back in the type of the head, in which the products of the gradients are computed.
                 logits.copy_(scores)
             products.back(run, logits)
             del logits, scores  # the memory is free before the next run allocates memory
@@ -234,6 +243,7 @@ class _Loss(torch.autograd.Function):
         chosen = scores.gather(1, label[:, None])
         underflown = (chosen < _UNDERFLOW).squeeze(1)
         if underflown.any():
+            # The softmax has written over the logits in float32. The few logits are computed again.
             again = products.logits(start + underflown.nonzero().squeeze(1)).float()
             _bend(again, cap)
             nats += functional.cross_entropy(again, label[underflown], reduction="sum")
@@ -243,6 +253,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # A batch without any label has gradients of 0, which a division by a count of 0 would turn into NaN.
         factor = gradients[0] / max(ctx.count, 1)
         scaled: list[Tensor | None] = []
         for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True):
@@ -273,6 +284,7 @@ def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor
     count = shape.numel()
     draws = torch.empty(-(-count // 4), dtype=torch.int64, device=device)  # four elements to a draw of 64 bits
     draws.random_(-(2**63), None)
+    # Read as int16, random bits are a number from -2**15 on. So the threshold below is lower by half of the levels.
     bits = draws.view(torch.int16)[:count].view(shape)
     return bits.ge_(level - _LEVELS // 2).to(torch.int8), 1 - level / _LEVELS
 
@@ -339,7 +351,8 @@ class _LoraLinear(torch.autograd.Function):
         if kind == weight.dtype:
             return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout)
         with torch.autocast("cpu", enabled=False):  # autocast would compute the products in 16 bits
-            return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout).to(weight.dtype)
+            output = _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout)
+            return output.to(weight.dtype)
 
     @staticmethod
     def _project(
@@ -360,14 +373,19 @@ class _LoraLinear(torch.autograd.Function):
         adapter_rows = rows
         if dropout:
             mask, keep = keep_mask(rows.shape, dropout, rows.device)
+            # Dropout divides the kept elements by the probability to keep. Dividing the scaling instead saves a pass
+            # over them.
             scaling /= keep
+            # In place, in the memory of the converted mask.
             adapter_rows = mask.to(rows.dtype).mul_(rows)
         low = torch.mm(down, adapter_rows.t())
         output.addmm_(low.t(), up.t(), alpha=scaling)
         ctx.scaling = scaling
+        # Only the gradient by A (`down`) reads the input.
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, mask, low, weight, down, up)
+        shape = [*x.shape[:-1], output.shape[1]]
         # The library may add to the output in place, which torch forbids for a view that a function returns.
-        return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[1]])
+        return torch.ops.aten._unsafe_view(output, shape)
 
     @staticmethod
     @once_differentiable
@@ -383,17 +401,21 @@ class _LoraLinear(torch.autograd.Function):
             by_rank = torch.mm(low, rows)
             for_up = by_rank.t().contiguous().to(adapter_type).mul_(ctx.scaling)
         if to_x or to_down:
+            # The gradients by the input and by A share this product.
             back = torch.mm(up.t(), rows.t()).mul_(ctx.scaling)
             keep = None if mask is None else mask.to(rows.dtype)
         if to_x:
             for_x = torch.mm(back.t(), down)
             if keep is not None:
+                # The mask belongs to the adapter's path alone, so the frozen projection's share is added after the
+                # mask.
                 for_x *= keep
             for_x += product(rows, weight.t())
             for_x = for_x.view(*gradient.shape[:-1], -1).to(input_type)
         if to_down:
             inputs = x.flatten(0, -2).to(low.dtype)
             if keep is not None:
+                # In place: this is the last use of the mask.
                 inputs = keep.mul_(inputs)
             for_down = torch.mm(back, inputs).to(adapter_type)
         return for_x, None, None, for_down, for_up, None, None

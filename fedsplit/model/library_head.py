@@ -55,6 +55,7 @@ class LibraryHead:
             setattr(place, name, inner)
             place = inner
         given = _shallow(original.get_submodule(last))  # the code behind the decoder may read its plain attributes
+        # torch calls the attribute `forward` of the object, so the class of the decoder stays as it is.
         given.forward = _return_given
         setattr(place, last, given)
         self._options = without_extras(model)  # there are no routers behind the decoder
@@ -85,6 +86,7 @@ def without_extras(model: PreTrainedModel) -> dict[str, bool]:
 def _shallow(module: nn.Module) -> nn.Module:
     """Returns a module with the code and the plain attributes of another one, and none of its submodules."""
     shell = copy.copy(module)
+    # A shallow copy shares these dictionaries with the original, whose submodules must stay.
     shell._modules = {}
     shell._parameters = {}
     shell._buffers = {}

@@ -188,7 +188,8 @@ def _kept_blocks(document: Mapping[str, Any], depth: int, modes: Sequence[str | 
     for block in range(depth):
         mode = modes[block] if modes else None
         chosen = [block in values for values in numbers]
-        kind = repr([*(values[block] for values in lists), chosen, owns.get(block), mode])
+        in_lists = [values[block] for values in lists]
+        kind = repr([*in_lists, chosen, owns.get(block), mode])
         firsts.setdefault(kind, block)
     if modes:  # the library wants a last block of a certain kind in models that share keys and values
         firsts["last"] = depth - 1
@@ -199,7 +200,13 @@ def _kept_blocks(document: Mapping[str, Any], depth: int, modes: Sequence[str | 
     return sorted(kept)
 
 
-def _small(key: str, value: Any, document: Mapping[str, Any], depth: int, kept: Sequence[int]) -> Any:
+def _small(
+    key: str,
+    value: Any,
+    document: Mapping[str, Any],
+    depth: int,
+    kept: Sequence[int],
+) -> Any:
     """Returns a value of the miniature's configuration.
 
     Args:
@@ -229,6 +236,7 @@ def _small(key: str, value: Any, document: Mapping[str, Any], depth: int, kept: 
         return value
     if key in _KEY_HEADS:
         heads = document.get("num_attention_heads", document.get("n_head", value))
+        # The kind of attention is kept: keys for each head, keys for all heads together, or keys for groups of heads.
         return {heads: _HEADS, 1: 1}.get(value, 2)
     if "intermediate" in key or key in _MIDDLES:
         return _MIDDLE_WIDTH
@@ -280,9 +288,11 @@ def _small_rotary(value: Any, share: float) -> Any:
     small = {key: _small_rotary(one, share) for key, one in copy.deepcopy(value).items()}
     pairs = int(_HEAD_WIDTH * small.get("partial_rotary_factor", share)) // 2
     for key in ("short_factor", "long_factor"):
+        # The library wants one factor for each rotated pair of a head.
         if isinstance(small.get(key), list) and small[key]:
             small[key] = (small[key] * pairs)[:pairs]
     if small.get("mrope_section"):
+        # Together the 8 pairs of a head that is `_HEAD_WIDTH` wide.
         small["mrope_section"] = [2, 3, 3]
     return small
 

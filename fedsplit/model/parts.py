@@ -55,7 +55,13 @@ class Part(nn.Module):
     rank_budget: Any = None  # of a package above this one, whose types are unknown here
 
     def __init__(
-        self, kind: Kind, family: Family, blocks: range, model: PreTrainedModel, fused: bool, dtype: torch.dtype
+        self,
+        kind: Kind,
+        family: Family,
+        blocks: range,
+        model: PreTrainedModel,
+        fused: bool,
+        dtype: torch.dtype,
     ) -> None:
         """Cuts a part out of a model.
 
@@ -98,6 +104,8 @@ class Part(nn.Module):
             for name in family.positions:
                 setattr(decoder, name, NoPositions())
             for name in family.before:
+                # A norm that serves at both ends stays in the top, for the end. What the norm makes of the top's
+                # input does not count, since `enter` replaces the input of the first block.
                 if kind == "trunk" or name not in family.after:
                     setattr(decoder, name, Passing(dtype))
             if part_blocks:
@@ -283,6 +291,7 @@ class Top(Part):
         is_plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if fused and is_plain:
             return causal_loss(states, head.weight, labels, self.cap)
+        # Every other head, at the cost of all logits in memory.
         return ForCausalLMLoss(self.predict(states), labels, head.out_features)
 
     def forward(

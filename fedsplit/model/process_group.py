@@ -85,16 +85,20 @@ class ProcessGroup:
         store = _dist.FileStore(str(file), shard.size)
         store.set_timeout(within)
         gloo = _dist.ProcessGroupGloo.create_device(hostname=_LOOPBACK)
+        # A group of its own for messages, since the timeout belongs to a group: a process waits for its next message
+        # as long as the run pauses, and for a sum only as long as the others need to compute.
         self._messages = _gloo(store, "messages", shard, gloo, _IDLE)
         if device.type == "cuda":
             options = _dist.ProcessGroupNCCL.Options()
             options._timeout = within
-            self._sums: Any = _dist.ProcessGroupNCCL(_dist.PrefixStore("sums", store), shard.rank, shard.size, options)
+            of_sums = _dist.PrefixStore("sums", store)
+            self._sums: Any = _dist.ProcessGroupNCCL(of_sums, shard.rank, shard.size, options)
         else:
             self._sums = _gloo(store, "sums", shard, gloo, within)
 
     def summed(self, tensor: Tensor) -> Tensor:
         """Returns the sum of all processes' tensors."""
+        # A copy, since the sum is written over the tensor of each process.
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._sums.allreduce([total]).wait()
         return total
@@ -108,10 +112,14 @@ class ProcessGroup:
 
     def say(self, fields: Mapping[str, Any], tensors: Sequence[Tensor | None] = ()) -> None:
         """Sends a message from the first process to all others."""
-        described = [None if tensor is None else [str(tensor.dtype), list(tensor.shape)] for tensor in tensors]
+        described = []
+        for tensor in tensors:
+            described.append(None if tensor is None else [str(tensor.dtype), list(tensor.shape)])
         encoded = json.dumps({"fields": fields, "tensors": described}).encode()
+        # The length goes first, since a receiver must have memory of the right size before a broadcast.
         self._messages.broadcast([torch.tensor([len(encoded)])]).wait()
-        self._messages.broadcast([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)]).wait()
+        as_tensor = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        self._messages.broadcast([as_tensor]).wait()
         for tensor in tensors:
             if tensor is not None:
                 self._send_bytes(tensor.detach().contiguous().flatten())
@@ -140,7 +148,13 @@ class ProcessGroup:
             self._sums.broadcast([flat.view(torch.uint8)]).wait()
 
 
-def _gloo(store: Any, name: str, shard: Shard, device: Any, timeout: timedelta) -> Any:
+def _gloo(
+    store: Any,
+    name: str,
+    shard: Shard,
+    device: Any,
+    timeout: timedelta,
+) -> Any:
     """Returns one of torch's groups, with sockets that are bound to the address of a device of gloo's."""
     options = _dist.ProcessGroupGloo._Options()
     options._devices = [device]

@@ -28,7 +28,12 @@ BOTH = _has_both()
 """True if this build of torch has both libraries. Only builds for x86 have both."""
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def product(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Computes `rows @ weight + bias`. Autograd does not record the product.
 
     Args:

@@ -86,7 +86,12 @@ def _try(bits: int, dtype: torch.dtype, device: torch.device) -> None:
     quantize(layer, bits, dtype, device)(x).sum().backward()
 
 
-def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+def quantize(
+    module: nn.Module,
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> nn.Module:
     """Returns a copy of a projection with a quantised weight, as a layer that PEFT can adapt.
 
     Args:
@@ -110,7 +115,12 @@ def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.dev
     return projection
 
 
-def _empty_projection(module: nn.Module, bits: int, dtype: torch.dtype, kind: str) -> Any:
+def _empty_projection(
+    module: nn.Module,
+    bits: int,
+    dtype: torch.dtype,
+    kind: str,
+) -> Any:
     """Returns a quantised projection without values.
 
     Args:
@@ -124,6 +134,7 @@ def _empty_projection(module: nn.Module, bits: int, dtype: torch.dtype, kind: st
     sizes = cast(Tensor, module.weight).shape
     rows, columns = reversed(sizes) if transposed else sizes
     biased = module.bias is not None
+    # Without memory for weights that the callers replace.
     with torch.device("meta"):
         if bits == 4:
             projection = library.nn.Linear4bit(columns, rows, biased, compute_dtype=dtype, quant_type=kind)
@@ -147,7 +158,12 @@ def _settle(projection: Any) -> None:
         projection.training = True  # and so it stays
 
 
-def restore(module: nn.Module, packed: PackedWeight, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+def restore(
+    module: nn.Module,
+    packed: PackedWeight,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> nn.Module:
     """Returns a projection with a weight that a checkpoint keeps quantised. Nothing is rounded anew.
 
     Args:
@@ -178,7 +194,12 @@ def decoded(packed: PackedWeight) -> Tensor:
     return dequantize(restore(outline, packed, torch.float32))
 
 
-def mark_restored(model: Model, transposed: Collection[str], bits: int, dtype: torch.dtype) -> Model:
+def mark_restored(
+    model: Model,
+    transposed: Collection[str],
+    bits: int,
+    dtype: torch.dtype,
+) -> Model:
     """Makes the projections of a model that transformers has loaded quantised compute as the parts' do.
 
     Args:

@@ -91,6 +91,7 @@ class RouterSums:
             mask: Mask with N entries in any shape, 0 on padding; None without padding.
         """
         sums = self
+        # As numbers, since padding counts 0 in every sum.
         flat = None if mask is None else mask.reshape(-1).float()
         for probabilities in heard:
             sums = sums._plus(probabilities, chosen, flat)

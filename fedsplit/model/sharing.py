@@ -71,6 +71,7 @@ def listed(places: Iterable[int]) -> str:
         >>> listed([0, 1, 2, 3, 10]), listed([0, 6])
         ('0-3, 10', '0, 6')
     """
+    # Within a run of neighbours, the difference between a place and its index is constant.
     runs = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
     words = []
     for _, pairs in runs:

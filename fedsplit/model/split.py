@@ -52,6 +52,7 @@ def _restore_buffers(part: Part, checkpoint: CheckpointReader, places: Callable[
             if name in module._non_persistent_buffers_set:
                 values = torch.empty_like(old, device=device)
                 if old.is_floating_point():
+                    # NaN marks values that the library does not set below, so that a missing rule is noticed at once.
                     values.fill_(math.nan)
                 setattr(module, name, nn.Buffer(values, persistent=False))
                 empty.append((module, name))
@@ -203,6 +204,7 @@ def _fill(
 
     For the arguments see `_loaded`.
     """
+    # A list, since the loop replaces modules of the part.
     for module_name, module in list(part.named_modules()):
         if module_name in filled:
             continue
@@ -221,11 +223,17 @@ def _fill(
             part.set_submodule(module_name, restore(module, packed, dtype, place))
         elif bits and is_projection and not checkpoint.bits:
             part.set_submodule(module_name, quantize(module, bits, dtype, place))
+            # The weight that has been quantised is freed at once, so that a part never is in memory in both forms.
             checkpoint.forget(module.parameters())
             module.weight = None
 
 
-def _place_of(part: Part, device: torch.device, by_block: Sequence[torch.device], module_name: str) -> torch.device:
+def _place_of(
+    part: Part,
+    device: torch.device,
+    by_block: Sequence[torch.device],
+    module_name: str,
+) -> torch.device:
     """Returns the device of a module: its block's, or the part's if the module is in no block.
 
     Args:
@@ -240,7 +248,12 @@ def _place_of(part: Part, device: torch.device, by_block: Sequence[torch.device]
     return by_block[int(module_name.removeprefix(prefix).partition(".")[0])]
 
 
-def _fill_pieces(part: Part, checkpoint: CheckpointReader, device: torch.device, shard: Shard) -> list[str]:
+def _fill_pieces(
+    part: Part,
+    checkpoint: CheckpointReader,
+    device: torch.device,
+    shard: Shard,
+) -> list[str]:
     """Reads this process's pieces of the projections that several processes share, and returns their names.
 
     Args:
@@ -261,6 +274,7 @@ def _fill_pieces(part: Part, checkpoint: CheckpointReader, device: torch.device,
             module.bias = checkpoint.piece(f"{stored}.bias", 0, place, device)
         elif module.bias is not None:  # outputs are added, and the bias counts once
             module.bias = checkpoint.parameter(f"{stored}.bias", device) if shard.rank == 0 else None  # type: ignore
+        # PEFT gives the factors of an adapter the sizes in these attributes.
         module.out_features, module.in_features = module.weight.shape
     return list(styles)
 

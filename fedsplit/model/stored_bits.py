@@ -155,12 +155,13 @@ def packed_weight(data: Tensor, statistics: Mapping[str, Tensor]) -> PackedWeigh
 def _packed_in_eight(data: Tensor, statistics: Mapping[str, Tensor]) -> PackedWeight:
     """Checks an 8-bit weight; see `packed_weight`."""
     is_matrix = data.dtype == torch.int8 and data.ndim == 2
-    if not is_matrix or statistics["SCB"].shape != (len(data),) or not statistics["SCB"].is_floating_point():
+    scales = statistics["SCB"]
+    if not is_matrix or scales.shape != (len(data),) or not scales.is_floating_point():
         raise ValueError("its weight in 8 bits and its SCB do not belong together")
     form = statistics.get("weight_format")
     if form is not None and form.flatten().tolist() != [0]:
         raise ValueError("its weight_format is not 0, by rows, the only one that bitsandbytes still has")
-    return PackedWeight(8, data, {"SCB": statistics["SCB"].float()}, tuple(data.shape))
+    return PackedWeight(8, data, {"SCB": scales.float()}, tuple(data.shape))
 
 
 def _packed_in_four(data: Tensor, statistics: Mapping[str, Tensor]) -> PackedWeight:
@@ -184,8 +185,10 @@ def _packed_in_four(data: Tensor, statistics: Mapping[str, Tensor]) -> PackedWei
     for key, size in sizes.items():
         if key not in statistics or statistics[key].shape != (size,):
             raise ValueError(f"its {key} does not belong to a weight of the shape {list(shape)}")
+    # Scales that are quantised, too, are codes of 8 bits.
     is_packed = statistics["absmax"].dtype == (torch.uint8 if is_nested else torch.float32)
-    if not is_packed or data.nbytes != math.ceil(math.prod(shape) / 2) or state["quant_type"] != kind:
+    has_all_bytes = data.nbytes == math.ceil(math.prod(shape) / 2)
+    if not is_packed or not has_all_bytes or state["quant_type"] != kind:
         raise ValueError(f"its bytes are no weight of the shape {list(shape)} in 4 bits")
     return PackedWeight(4, data, statistics, shape, kind)
 

@@ -86,7 +86,8 @@ class Source:
             ValueError: The library's rule does not result in the parameter.
         """
         assert self.converter is not None
-        values: dict[str, object] = dict(zip(self.patterns, map(list, tensors), strict=True))
+        by_pattern = zip(self.patterns, map(list, tensors), strict=True)
+        values: dict[str, object] = dict(by_pattern)
         for operation in self.converter.operations:
             values = operation.convert(
                 values,
@@ -121,6 +122,7 @@ class _Rules:
         """Returns the name of a parameter, and the pattern of its converter, for a name in the files."""
         candidates = [name]
         if _NESTED in name:
+            # The text model alone has the name behind the nesting, with or without the name of its decoder before it.
             inner = name.rpartition(_NESTED)[2]
             candidates += [inner, f"{self._prefix}.{inner}"]
         for candidate in candidates:
@@ -156,6 +158,7 @@ def sources_of(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Sourc
             sources[target] = Source(None, target, {"": [name]})
             continue
         converter = rules.converter(pattern)
+        # A rule may make several parameters of the same tensors. Each of them gets a source with all tensors.
         for other in converter.target_patterns:
             sibling = target.replace(converter.target_patterns[0], other)
             source = sources.setdefault(sibling, Source(converter, target))

@@ -228,7 +228,9 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0][..., ctx.shard.of(gradients[0].shape[-1])], None
+        gradient = gradients[0]
+        place = ctx.shard.of(gradient.shape[-1])
+        return gradient[..., place], None
 
 
 class _Split(torch.autograd.Function):
@@ -278,5 +280,6 @@ class PieceDropout(nn.Module):
             mask, keep = keep_mask(shape, self.p, x.device)
             scaled = mask.to(x.dtype) / keep
         else:
-            scaled = functional.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), self.p)
+            ones = torch.ones(shape, dtype=x.dtype, device=x.device)
+            scaled = functional.dropout(ones, self.p)
         return x * scaled[..., self._shard.of(width)]

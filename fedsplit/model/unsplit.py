@@ -65,7 +65,10 @@ def transposed_layers(model: nn.Module) -> frozenset[str]:
 
 
 def load_unsplit(
-    path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    classes: int = 0,
+    pad: int | None = None,
 ) -> PreTrainedModel:
     """Loads the unsplit model. Of a model of images and text, this is the text model alone.
 
@@ -125,7 +128,11 @@ def _dense_projections(path: Path, model: PreTrainedModel) -> list[str]:
 
 
 def unsplit_with(
-    weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype, classes: int = 0, pad: int | None = None
+    weights: Mapping[str, Tensor],
+    path: Path,
+    dtype: torch.dtype,
+    classes: int = 0,
+    pad: int | None = None,
 ) -> PreTrainedModel:
     """Returns the unsplit model with given weights.
 
@@ -139,6 +146,7 @@ def unsplit_with(
     """
     config = read_config(path)
     if hasattr(config, "quantization_config"):
+        # The given weights are decoded, and with this key the library would expect quantised ones.
         del config.quantization_config
     if classes:
         config.num_labels, config.pad_token_id = classes, pad

@@ -110,6 +110,7 @@ class TextTokenizer:
     def encode_prompt(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of beginnings of texts, with special tokens at the beginning of each."""
         closing = len(self.closing)
+        # Not `ids[:-closing]`, which would be empty for a tokenizer without closing tokens.
         return [ids[: len(ids) - closing] for ids in self.encode(texts)]
 
     def encode_verbatim(self, texts: Sequence[str]) -> list[list[int]]:
@@ -158,12 +159,14 @@ class TextTokenizer:
         for character in self._known_characters:
             (bare,) = self.encode_verbatim([character])
             (full,) = self.encode([character])
+            # A character that the tokenizer drops cannot be found among the special tokens.
             if not bare:
                 continue
-            starts = [start for start in range(len(full)) if full[start : start + len(bare)] == bare]
+            length = len(bare)
+            starts = [start for start in range(len(full)) if full[start : start + length] == bare]
             if len(starts) == 1:  # otherwise the character's tokens are among the special tokens, too
                 (start,) = starts
-                return full[:start], full[start + len(bare) :]
+                return full[:start], full[start + length :]
         return [], []
 
     @cached_property

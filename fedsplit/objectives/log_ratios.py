@@ -24,7 +24,8 @@ def log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     """
     predicted = labels != -100
     # The clamp is for `gather`, which takes no -100: the product with `predicted` leaves these positions out.
-    of_label = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    places = labels.clamp(min=0).unsqueeze(-1)
+    of_label = logits.gather(-1, places).squeeze(-1)
     # Not log_softmax, which would make a second tensor (B, T, V).
     by_token = of_label - torch.logsumexp(logits, -1)
     return (by_token * predicted).sum(-1)

@@ -60,7 +60,14 @@ class Objective(Protocol):
         0.1733
     """
 
-    def __call__(self, logits: Tensor, labels: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """Returns the loss of a batch.
 
         Args:
@@ -132,6 +139,7 @@ def demands_of(objective: Objective | None, spec: str = "") -> Demands:
     """
     if objective is None:
         return Demands()
+    # The signature of the check says nothing about what the user's function asks for.
     if isinstance(objective, _Checked):
         return objective.demands
     mean_over = getattr(objective, "mean_over", "labels")
@@ -204,7 +212,10 @@ def _fault_of(loss: Any, logits: Tensor) -> str:
 
 
 def load_objective(
-    spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any], given: Any = None
+    spec: str,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    given: Any = None,
 ) -> Objective | None:
     """Makes an objective by name.
 

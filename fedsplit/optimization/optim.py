@@ -47,7 +47,13 @@ def make_optimizer(parameters: Iterable[Tensor], settings: TrainSettings) -> tor
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit  # an optional dependency
 
-        narrow: torch.optim.Optimizer = AdamW8bit(trained, lr=lr, weight_decay=decay, betas=betas, eps=settings.eps)
+        narrow: torch.optim.Optimizer = AdamW8bit(
+            trained,
+            lr=lr,
+            weight_decay=decay,
+            betas=betas,
+            eps=settings.eps,
+        )
         return narrow
     return torch.optim.AdamW(
         trained,
@@ -130,6 +136,7 @@ def moments(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Te
     """
     if optimizer is None:
         return {}
+    # By identity: the optimiser's state has the parameters themselves as keys.
     names = {id(parameter): name for name, parameter in parameters.items()}
     copied = {}
     for parameter, state in optimizer.state.items():

@@ -92,6 +92,7 @@ class ControlVariates(GradientStage):
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
         """Returns g - c_i + c for each gradient g, and adds g to the sum."""
         self._steps += 1
+        # A new dictionary, since a stage must not change the gradients of its caller.
         corrected = dict(gradients)
         for name, gradient in gradients.items():
             if name in self._sums:

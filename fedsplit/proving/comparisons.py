@@ -97,6 +97,7 @@ class Subject:
         self.family = family
         self.config = config
         _write(config, self.folder)
+        # Without the smallest ids, among which is the padding token of a classifier.
         self.ids = torch.randint(3, VOCABULARY, (_ROWS, _TOKENS))
         self.masks = self._make_masks()
         self.labels = self._make_labels()
@@ -145,10 +146,13 @@ class Subject:
     def _learn(self) -> None:
         """Computes the loss, and the gradient of every adapter."""
         ids, mask = self.batch(PADDED)
+        # Another object than `self.model`, since PEFT changes the model that it gets.
         whole = get_peft_model(self.load(), self.peft_config()).eval()
         trained = {_exported(name): value for name, value in whole.named_parameters() if value.requires_grad}
         self.adapter = {}
         for name, parameter in trained.items():
+            # Values for all factors: with B at zero, as at the start of training, the gradient of A would be zero
+            # anywhere.
             parameter.data = torch.randn_like(parameter) * 0.1
             self.adapter[name] = parameter.data.clone()
         # The loss of the routers is compared by itself, in `_check_balance`.
@@ -177,6 +181,7 @@ class Subject:
         logits = self.model(input_ids=ids, use_cache=False).logits
         expected = self.logits["logits"]
         change = float((logits - expected)[:, :earlier].abs().max())
+        # In this form, NaN counts as a difference, too.
         if not change <= _LEAK * float(expected.abs().max()):
             raise Difference(f"later tokens change logits of earlier tokens by up to {change:.2g}")
 
@@ -296,6 +301,7 @@ class Chain:
             yield "cache", self._check_cache
         if self._subject.balance is not None:
             yield "balance", self._check_balance
+        # Last, since the check of the loss adds adapters to the parts.
         yield "loss", self._check_loss
         yield "gradients", self._check_gradients
 
@@ -370,7 +376,10 @@ class Chain:
             if found is None:
                 raise Difference(f"{name} has no gradient")
             largest = float((found - expected).abs().max())
-            if not largest <= KERNELS * float(expected.abs().max()) + torch.finfo(found.dtype).eps:
+            # The smallest step of the type is for tensors whose gradients are almost 0 everywhere. NaN counts as a
+            # difference.
+            allowed = KERNELS * float(expected.abs().max()) + torch.finfo(found.dtype).eps
+            if not largest <= allowed:
                 raise Difference(f"{name} differs from the uncut model by up to {largest:.2g}")
 
     @torch.no_grad()
@@ -379,7 +388,8 @@ class Chain:
         subject = self._subject
         folder = subject.folder.parent / "adapter"
         tensors = {name: parameter.detach() for name, parameter in self._adapters.items()}
-        adapter_files.save(folder, Adapters(tensors, {}), SETTINGS, subject.family, base=str(subject.folder))
+        adapters = Adapters(tensors, {})
+        adapter_files.save(folder, adapters, SETTINGS, subject.family, base=str(subject.folder))
         whole = PeftModel.from_pretrained(subject.load(), str(folder)).eval()
         found = self._predict("logits")
         expected = whole(input_ids=subject.ids, use_cache=False).logits

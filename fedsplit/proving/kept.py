@@ -43,6 +43,7 @@ def proof_of(folder: Path, tell: Callable[[str], object] = lambda line: None, cl
         True
     """
     config = read_config(folder)
+    # Of the miniature and not of the model: models of one type in several sizes share a proof.
     identity = [identity_of(miniature(config)), *map(version, _LIBRARIES), _digest_of_code()]
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     kind = "classifier-" if classifies else ""
@@ -95,6 +96,7 @@ def _read(name: str, classifies: bool) -> Proof | None:
     """
     try:
         document = json.loads((_folder() / name).read_text(encoding="utf-8"))
+        # A damaged file raises one of the errors below as its values are converted.
         cuts = tuple((int(low), int(high)) for low, high in document["cuts"])
         equal = {str(name): int(count) for name, count in document["equal"].items()}
         faults = {str(name): str(words) for name, words in document["faults"].items()}
@@ -102,5 +104,6 @@ def _read(name: str, classifies: bool) -> Proof | None:
         proof = Proof(str(document["model_type"]), cuts, equal, faults, seconds, classifies=classifies)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    is_whole = all(equal.get(check) == (1 if check in ONCE else len(cuts)) for check in proof.always)
+    expected = {check: 1 if check in ONCE else len(cuts) for check in proof.always}
+    is_whole = all(equal.get(check) == count for check, count in expected.items())
     return proof if cuts and is_whole else None

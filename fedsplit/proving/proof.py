@@ -134,6 +134,7 @@ def prove(config: PretrainedConfig, classifies: bool = False) -> Proof:
     try:
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # The same weights in every proof, so that a difference can be found again.
             torch.manual_seed(0)
             subject = kind(Path(folder), small, family)
             equal, faults = _compare(subject, cuts)
@@ -157,7 +158,8 @@ def _in_trunk(proof: Proof, subject: Subject) -> Proof | None:
     """
     whole = (0, max(high for _, high in proof.cuts))
     equal, faults = _compare(subject, [whole])
-    alone = replace(proof, cuts=(whole,), equal=equal, faults=faults, inner=": ".join(proof.first_fault))
+    inner = ": ".join(proof.first_fault)
+    alone = replace(proof, cuts=(whole,), equal=equal, faults=faults, inner=inner)
     return alone if alone.trains else None
 
 
@@ -175,6 +177,8 @@ def cuts_of(blocks: int, closed: Collection[int] = ()) -> tuple[Cut, ...]:
         ((0, 1), (1, 4), (0, 4))
     """
     places = [place for place in range(blocks + 1) if place not in closed]
+    # Neighbouring places have each place once as LO and once as HI. The further two cuts have all blocks in the
+    # trunk, and a trunk of several blocks between bottom and top.
     cuts = [*itertools.pairwise(places), (0, blocks), (places[1], places[-2])]
     return tuple(dict.fromkeys((low, high) for low, high in cuts if low < high))
 
@@ -193,8 +197,10 @@ def _compare(subject: Subject, cuts: Sequence[Cut]) -> tuple[dict[str, int], dic
         except Exception as error:  # noqa: BLE001  # whatever the library raises, the model cannot be cut here
             faults.setdefault("logits", f"cut {cut[0]}:{cut[1]}: {one_line(error)}")
             continue
-        checks = [*chain.checks(), *(chain.single_checks() if cut == cuts[0] else ())]
+        single_checks = chain.single_checks() if cut == cuts[0] else ()
+        checks = [*chain.checks(), *single_checks]
         for check, find_difference in checks:
+            # The first difference of a check is the one that is reported.
             if check in faults:
                 continue
             try:

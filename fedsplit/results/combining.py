@@ -152,7 +152,12 @@ def _model_with(adapters: Sequence[Adapter], layers: Collection[str]) -> PeftMod
     return model
 
 
-def _config_for(combined: PeftConfig, ranks: Mapping[str, int], first: Adapter, is_transposed: bool) -> PeftConfig:
+def _config_for(
+    combined: PeftConfig,
+    ranks: Mapping[str, int],
+    first: Adapter,
+    is_transposed: bool,
+) -> PeftConfig:
     """Returns the configuration of the combined adapter.
 
     Args:

@@ -318,8 +318,9 @@ def _same_weights(left: Path, right: Path) -> bool:
     right_files = {file.name: file for file in find_tensors(right).values()}
     if left_files.keys() != right_files.keys():
         return False
+    pairs = ((file, right_files[name]) for name, file in left_files.items())
     # Not shallow: equal sizes and times are no proof of equal bytes.
-    return all(filecmp.cmp(file, right_files[name], shallow=False) for name, file in left_files.items())
+    return all(filecmp.cmp(*pair, shallow=False) for pair in pairs)
 
 
 def copy_adapter(adapter: Adapter, folder: Path) -> None:

@@ -217,7 +217,12 @@ def _placed_without_weights(
     return _placed(config, tensors, random_model, "cpu")
 
 
-def _placed(config: PeftConfig, tensors: Mapping[str, Tensor], model: PreTrainedModel, device: str) -> Placed:
+def _placed(
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    model: PreTrainedModel,
+    device: str,
+) -> Placed:
     """Loads an adapter's tensors into a model by PEFT.
 
     Args:

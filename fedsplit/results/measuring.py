@@ -75,6 +75,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
 
     text = (Path(run) / "config.toml").read_text(encoding="utf-8")
     config = from_document(tomllib.loads(text))
+    # A model from a training loop of the user's may have its dropout on.
     model.eval()
     if config.data.format == "classification":
         # transformers finds the last token of a sequence by the padding token.

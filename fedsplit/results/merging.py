@@ -358,7 +358,8 @@ def unmerge(folder: Path, out: Path) -> str:
     elif (folder / MERGED / BASE_HEAD).is_file():
         head = model.get_output_embeddings()
         for name, tensor in load_tensors(folder / MERGED / BASE_HEAD).items():
-            setattr(head, name.removeprefix(f"{HEAD}."), nn.Parameter(tensor.to(head.weight.dtype)))
+            leaf = name.removeprefix(f"{HEAD}.")
+            setattr(head, leaf, nn.Parameter(tensor.to(head.weight.dtype)))
     if record.get("classes"):
         _without_classes(model.config, record["named"])
 

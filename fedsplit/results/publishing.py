@@ -48,7 +48,12 @@ def check_access(repository: str) -> None:
         raise SettingError("push_to_hub", f"{repository} ({_reason(error)})", ALLOWED) from None
 
 
-def push(adapter: Adapter, repository: str, private: bool = True, with_base: bool = False) -> str:
+def push(
+    adapter: Adapter,
+    repository: str,
+    private: bool = True,
+    with_base: bool = False,
+) -> str:
     """Uploads an adapter into a repository, which is made if need be.
 
     Args:
@@ -93,6 +98,7 @@ def fill(folder: Path, adapter: Adapter, repository: str, with_base: bool) -> No
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     card = place / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    # The Hub shows the card at the top of a repository, and none of a folder inside.
     card.unlink(missing_ok=True)
     (folder / CARD).write_text(_with_use(text, adapter, repository, with_base), encoding="utf-8")
 
@@ -117,6 +123,8 @@ def _with_use(card: str, adapter: Adapter, repository: str, with_base: bool) -> 
         f'model = AutoPeftModelFor{kind}.from_pretrained("{repository}", dtype="float32")',
     ]
     if with_base:
+        # transformers would take a repository with both for the adapter alone, so that base and adapter are opened in
+        # turn.
         classes = f", num_labels={len(adapter.classes)}" if adapter.classes else ""
         opening = f'from_pretrained("{repository}", dtype="float32"{classes})'
         lines = [
@@ -132,6 +140,7 @@ def _with_use(card: str, adapter: Adapter, repository: str, with_base: bool) -> 
         use += f"\n\nThe base model is not on the Hub: put its folder into {where}."
     if not with_base and adapter.model in ON_HUB:
         use += "\n\nThe run's base had these weights in fewer bits: losses differ a little."
+    # Only the section on use is replaced, whose code opens a folder of the run.
     before, found, rest = card.partition("## Use\n")
     if not found:
         return f"{card}\n{use}\n" if card else f"---\nlibrary_name: peft\n---\n\n{use}\n"

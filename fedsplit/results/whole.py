@@ -38,7 +38,12 @@ if TYPE_CHECKING:
 
 
 def open_base(
-    model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0, dense: bool = False
+    model_path: Path,
+    dtype: str,
+    device: torch.device = CPU,
+    classes: int = 0,
+    seed: int = 0,
+    dense: bool = False,
 ) -> PreTrainedModel:
     """Opens the base model in the type of a run.
 
@@ -115,7 +120,11 @@ def _task(classes: int) -> str:
 
 
 def open_held(
-    adapter: Adapter, device: torch.device = CPU, dense: bool = False, classes: int = 0, seed: int = 0
+    adapter: Adapter,
+    device: torch.device = CPU,
+    dense: bool = False,
+    classes: int = 0,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Opens the base model of an adapter's run. The same parts are quantised as in the run.
 
@@ -306,7 +315,10 @@ def score(
         labels = rows.labels if rows.labels.ndim == 1 else rows.labels[:, 1:]
         further = {}
         if MASK in asked:
-            further[MASK] = torch.ones_like(labels, dtype=torch.bool) if rows.mask is None else rows.mask[:, 1:]
+            if rows.mask is None:
+                further[MASK] = torch.ones_like(labels, dtype=torch.bool)
+            else:
+                further[MASK] = rows.mask[:, 1:]
         if REFERENCE in asked:
             further[REFERENCE] = reference_logits(model, rows, logits).float()
         if objective is None:
@@ -343,7 +355,12 @@ def reference_logits(model: PreTrainedModel | PeftModel, rows: Sequences, logits
         return aligned_logits(model, rows)
 
 
-def _score_of(logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric], further: Mapping[str, Tensor]) -> Score:
+def _score_of(
+    logits: Tensor,
+    labels: Tensor,
+    metrics: Mapping[str, Metric],
+    further: Mapping[str, Tensor],
+) -> Score:
     """Returns the score of a batch.
 
     Args:

@@ -129,7 +129,8 @@ class TrunkActor:
         self._submit: Submit = self._service.submit
         if seat.rest:
             learns = SCHEDULES[config.trunk.schedule].learns
-            self._submit = Relay(self._service.submit, functools.partial(_connected, seat.rest), learns).submit
+            connect = functools.partial(_connected, seat.rest)
+            self._submit = Relay(self._service.submit, connect, learns).submit
         self._socket: PacketServer | None = None
         host = ray.util.get_node_ip_address() if setup.is_reached_from_afar else ""
         tls = config.wire.tls if host else ""
@@ -137,7 +138,8 @@ class TrunkActor:
             # A sandbox may forbid sockets; packets then come through Ray, unless they must be encrypted.
             with contextlib.suppress(*() if tls else (OSError,)):
                 self._socket = PacketServer(self._submit, host, tls)
-        working = threading.Thread(target=run_until_defect, args=(self._service.work, setup.threads), daemon=True)
+        arguments = (self._service.work, setup.threads)
+        working = threading.Thread(target=run_until_defect, args=arguments, daemon=True)
         working.start()
 
     async def node(self) -> str:
@@ -158,6 +160,7 @@ class TrunkActor:
         """Carries out a control message."""
         reply: Any = await _settled(lambda done: self._service.request(message, done))
         if isinstance(reply, TrunkStatus) and self._socket:
+            # The service itself knows nothing of sockets.
             reply = replace(reply, over_socket=self._socket.taken)
         return reply
 
@@ -289,6 +292,7 @@ class _Calls:
                 answer = getattr(self._actor, method).remote(*args)
             except ray.exceptions.RayActorError as error:
                 raise _lost(error) from error
+        # Not reached: the last attempt returns or raises.
         return None
 
 

@@ -67,6 +67,7 @@ class Admission:
 
     def leave(self, client: int) -> None:
         """Ends the reservations of a client that has left the round, or is dead."""
+        # A list, since the loop deletes entries.
         for key in [key for key in self._reserved if key.client == client]:
             del self._reserved[key]
 

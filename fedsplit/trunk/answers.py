@@ -103,7 +103,8 @@ class Answers:
         with_norm = replace(answer, tensors={**answer.tensors, "norm": encoded})
         # The answer without the norm has been counted.
         self.traffic.gradient.add(answer.key.client, up=0, down=encoded.nbytes)
-        self.traffic.gradient.framing.add(answer.key.client, up=0, down=framing(with_norm) - framing(answer))
+        more_framing = framing(with_norm) - framing(answer)
+        self.traffic.gradient.framing.add(answer.key.client, up=0, down=more_framing)
         if self.trace is not None:
             self.trace.add_to_last(down=encoded.nbytes)
         return with_norm
@@ -114,7 +115,13 @@ class Answers:
         crossed.framing.add(up.key.client, framing(up), framing(down))
         crossed.packets.add(up.key.client, up=1, down=1)
 
-    def record(self, kind: Kind, up: Packet, down: Packet, values: Tensor | None = None) -> None:
+    def record(
+        self,
+        kind: Kind,
+        up: Packet,
+        down: Packet,
+        values: Tensor | None = None,
+    ) -> None:
         """Adds a request and its answer to the trace, if there is one.
 
         Args:
@@ -126,7 +133,8 @@ class Answers:
         if self.trace is None:
             return
         key = up.key
-        rows, length = (0, 0) if values is None else (values.shape[0], values.shape[1])
+        rows = 0 if values is None else values.shape[0]
+        length = 0 if values is None else values.shape[1]
         self.trace.add(
             Crossing(
                 round=key.round,

@@ -245,7 +245,8 @@ class Backwards:
             raise refusal(unmade, len(packets)) from None
 
         batch.spent = batch.spent or learns
-        state.counts.sequences += sum(len(batch.inputs[packet.key]) for packet in packets if packet.learns)
+        learned_from = [batch.inputs[packet.key] for packet in packets if packet.learns]
+        state.counts.sequences += sum(map(len, learned_from))
         answers = state.answers.with_gradients(packets, of_inputs, batch.inputs)
         if unclipped is not None:
             # With clipping no schedule joins clients, so there is a single answer.

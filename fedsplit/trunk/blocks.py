@@ -53,7 +53,8 @@ class Blocks:
         # at every parameter of the part for each call, which takes 3 % of a step of the bundled model.
         self._slots: dict[str, tuple[nn.Module, str, torch.device]] = {}
         for name, parameter in lora.local_parameters(part).items():
-            self._slots[lora.exported_name(part, name)] = (*_slot(part, name), parameter.device)
+            module, leaf = _slot(part, name)
+            self._slots[lora.exported_name(part, name)] = (module, leaf, parameter.device)
         # `fork_rng` saves the state of the CPU's generator in any case.
         self._generators = {parameter.device for parameter in part.parameters()} - {CPU}
         self._placed: AdapterSnapshot = dict(lora.parameters(part))  # to notice a change of ranks
@@ -89,7 +90,8 @@ class Blocks:
                 return Output(self.part(hidden, mask), {}, self._random_behind(training))
             with listening(self.part) as heard:
                 output = self.part(hidden, mask)
-            return Output(output, self._sums_behind(batch, heard, hidden.shape[:2]), self._random_behind(training))
+            sums = self._sums_behind(batch, heard, hidden.shape[:2])
+            return Output(output, sums, self._random_behind(training))
 
     def _random_behind(self, training: bool) -> Tensor | None:
         """Returns the state of the random generator for the next stage; None if no stage follows, or without dropout.
@@ -122,6 +124,7 @@ class Blocks:
             training: True for dropout.
             is_adapted: False for the base weights alone.
         """
+        # The lock comes first: mode, generators and adapter of the part belong to one forward at a time.
         with self._running, torch.set_grad_enabled(keeps_graph), _seeded(seed, self._generators, self.device):
             if self.part.training != training:  # `train` visits every module of the part
                 self.part.train(training)
@@ -141,7 +144,8 @@ class Blocks:
         """
         by_layer = []
         for probabilities in heard:
-            by_layer.append(batch.cut(probabilities.to(self.device).unflatten(0, tuple(shape))))
+            by_row = probabilities.to(self.device).unflatten(0, tuple(shape))
+            by_layer.append(batch.cut(by_row))
         chosen = self.part.config.num_experts_per_tok
         sums_behind = {}
         for key, sums in batch.sums.items():
@@ -150,7 +154,11 @@ class Blocks:
         return sums_behind
 
     def differentiate(
-        self, batch: PendingBatch, output: Output, sent: Mapping[StepKey, Tensor], by_sums: Mapping[StepKey, Tensor]
+        self,
+        batch: PendingBatch,
+        output: Output,
+        sent: Mapping[StepKey, Tensor],
+        by_sums: Mapping[StepKey, Tensor],
     ) -> Gradients:
         """Computes the backward of a batch.
 
@@ -270,7 +278,8 @@ def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequ
         return torch.autograd.grad(outputs, inputs, starts, materialize_grads=True)
     # `outputs` has no router sums here: the settings refuse a balancing loss in float16.
     computed = []
-    for leaf, gradient in zip(inputs, gradients(outputs[0], inputs, starts[0]), strict=True):
+    found = gradients(outputs[0], inputs, starts[0])
+    for leaf, gradient in zip(inputs, found, strict=True):
         computed.append(torch.zeros_like(leaf) if gradient is None else gradient)
     return computed
 

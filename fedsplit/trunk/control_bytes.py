@@ -138,7 +138,8 @@ def message_as_bytes(message: Any, run: str = "") -> bytes:
         (Leave(client=4), 'trunk-1')
     """
     head = as_bytes(_HEAD, _Head(type(message).__name__, run))
-    return len(head).to_bytes(4, "little") + head + as_bytes(EXCHANGES[type(message)].message, message)
+    body = as_bytes(EXCHANGES[type(message)].message, message)
+    return len(head).to_bytes(4, "little") + head + body
 
 
 def message_from_bytes(data: bytes) -> tuple[Any, str]:

@@ -29,6 +29,7 @@ def dial_of(config: Config, patience: float | None = None) -> Dial:
     trunk = config.trunk
     host, port = trunk.server_address
     token = read_token(Path(trunk.token_file))
+    # The folder has the certificate of one party, or a set with a folder for each party.
     is_own = is_of_one_party(Path(trunk.tls))
     names = names_in(Path(trunk.tls)) if trunk.tls and not is_own else {}
 

@@ -111,7 +111,8 @@ class Intake:
         """
         kind = self._part.dtype
         most = self._most_values(rows)
-        role = Role("activation", "up", packet.key, packet.training, kind, self.examples(packet), most)
+        examples = self.examples(packet)
+        role = Role("activation", "up", packet.key, packet.training, kind, examples, most)
         hidden = self._decoded(packet, "hidden", self._codec, role)
         self.check_shape(packet.key, hidden.shape, rows)
         self.examples(packet, len(hidden))
@@ -200,7 +201,8 @@ class Intake:
             UnboundedStep: A value is not finite, or too large.
         """
         examples = self.examples(packet, len(hidden))
-        role = Role("gradient", "up", packet.key, packet.training, hidden.dtype, examples, hidden.numel())
+        most = hidden.numel()
+        role = Role("gradient", "up", packet.key, packet.training, hidden.dtype, examples, most)
         gradient = self._decoded(packet, "gradient", self._codec, role)
         if gradient.shape != hidden.shape:
             sent = tuple(gradient.shape)

@@ -41,7 +41,8 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, ValueError):  # no such files, or "max" for no limit
         limit = int((group / "memory.max").read_text(encoding="ascii"))
         used = int((group / "memory.current").read_text(encoding="ascii"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        counts = dict(line.split() for line in lines)
         used -= int(counts.get("inactive_file", 0))  # files that were read: the system drops them first
         free = min(free, max(0, limit - used))
     return free

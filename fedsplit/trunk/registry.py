@@ -78,7 +78,8 @@ class AdapterRegistry:
         self.master: Master | None = None
         self._mirror: Mirror | None = None
         if join is not None:
-            peers, self.master = join(functools.partial(TrainableAdapter, start.tensors, settings, True, device=device))
+            make = functools.partial(TrainableAdapter, start.tensors, settings, True, device=device)
+            peers, self.master = join(make)
             self._mirror = Mirror(peers, self.shared, counts)
         self._copies = ClientCopies(self._new, start.layers, keeps_moments=settings.optimizer_state == "keep")
         self._sums: dict[int, GradientSum] = {}
@@ -114,6 +115,7 @@ class AdapterRegistry:
             begins: True for a training step. Under `copies`, the client's first training step creates the copy.
         """
         if begins and self._mirror is not None:
+            # Other replicas may have made steps since the last refresh.
             self._mirror.refresh()
         copy = self._copies.get(client)
         if copy is None and begins and self._schedule.personal:
@@ -165,6 +167,7 @@ class AdapterRegistry:
             return None
 
         packet = packets[0]
+        # Each part of a step brings its share of the regularisation, so that the sum of all parts has it once.
         gradients = adapter.regularised(snapshot, gradients, 1 / packet.parts)
         if self.clips:
             whole = self._joined(self._unclipped, packet, snapshot, gradients)
@@ -202,7 +205,11 @@ class AdapterRegistry:
         self._step(adapter, regularised, _mean(rates), round)
 
     def _joined(
-        self, sums: dict[int, GradientSum], packet: Packet, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor]
+        self,
+        sums: dict[int, GradientSum],
+        packet: Packet,
+        snapshot: AdapterSnapshot,
+        gradients: Mapping[str, Tensor],
     ) -> GradientSum | None:
         """Adds a part of a client's step, and returns the sum of all parts after the last part."""
         key = packet.key
@@ -324,6 +331,7 @@ class AdapterRegistry:
         if self._schedule.sums:
             self.close_window(finished)  # gradients of a client that dropped out do not count
         if self._mirror is not None:
+            # Between rounds the adapter is read from one replica, so that all must have the same.
             self._mirror.refresh()
         self._copies.end_round(finished)
         self._unclipped.clear()

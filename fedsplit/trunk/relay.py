@@ -80,6 +80,7 @@ class Relay:
     def close(self) -> None:
         """Closes all connections. The next packet opens another one."""
         with self._changing:
+            # Closed outside of the lock, which an answer that arrives meanwhile may need.
             streams = list(self._streams.values())
             self._streams.clear()
         for stream in streams:

@@ -162,11 +162,15 @@ class RemoteTrunk(TrunkPort):
     def kill(self) -> None:
         """Ends the run and all connections. The trunk's process goes on, and may serve another run."""
         with self._guard:
+            # Told once, though `kill` may be called again.
             finish = self._finish
             self._finish = lambda: None
-            lines = [*self._lines.values(), *([self._operator] if self._operator else [])]
+            lines = list(self._lines.values())
+            if self._operator:
+                lines.append(self._operator)
             self._lines.clear()
             self._operator = None
+        # Outside of the guard, since both wait for the server.
         finish()
         for line in lines:
             line.close()

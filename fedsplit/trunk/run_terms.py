@@ -46,7 +46,9 @@ class Terms:
             found.append("model (no file of the same name)")
         found += [f"model ({name})" for name in common if self.model[name] != offered.model[name]]
         names_of_code = sorted({*self.code, *offered.code})
-        found += [f"{name} (its files)" for name in names_of_code if self.code.get(name) != offered.code.get(name)]
+        for name in names_of_code:
+            if self.code.get(name) != offered.code.get(name):
+                found.append(f"{name} (its files)")
         if self.version != offered.version:
             found.append(f"fedsplit ({self.version} at the trunk, {offered.version} in the run)")
         return tuple(found)

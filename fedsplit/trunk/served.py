@@ -97,6 +97,7 @@ class ServedRun:
             self._is_over = True
             waiting = list(self._waiting.values())
             self._waiting.clear()
+        # Before the thread is waited for, which may be in a long step.
         for done, over in waiting:
             done(over)
         self._service.close()
@@ -136,7 +137,12 @@ class ServedTrunk:
     """
 
     def __init__(
-        self, load: Load, terms: Terms, threads: int = 1, timeout: float = 600.0, clock: Clock = time.monotonic
+        self,
+        load: Load,
+        terms: Terms,
+        threads: int = 1,
+        timeout: float = 600.0,
+        clock: Clock = time.monotonic,
     ) -> None:
         """Loads the trunk of the first run, so that what is wrong with the model is known at once.
 
@@ -241,6 +247,7 @@ class ServedTrunk:
         if self._run is not None:
             self._run.close()
             self._run = None
+            # Objects that refer to each other would keep the weights of the run until a later collection.
             gc.collect()
 
     def _as_bytes(self, kind: type[Any], reply: Any) -> bytes:

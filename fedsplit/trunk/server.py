@@ -249,7 +249,8 @@ class TrunkServer:
             states.setdefault(int(client), {})[name] = moments[full_name]
         # The moments of a staged trunk hold the codecs' states of all stages. The codec picks out its own.
         self.answers.codec.restore(states)
-        self._codec_states = {client: copy_of_state(state) for client, state in self.answers.codec.state().items()}
+        live = self.answers.codec.state()
+        self._codec_states = {client: copy_of_state(state) for client, state in live.items()}
 
     def inference(self, client: int, snapshot: AdapterSnapshot | None = None) -> tuple[Trunk, AdapterSnapshot]:
         """Returns the part without dropout. The next call of any method may change the part.

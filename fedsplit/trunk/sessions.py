@@ -195,6 +195,7 @@ class Sessions:
     def expire(self) -> None:
         """Frees sessions with an expired lease."""
         now = self._clock()
+        # A list, since closing a session removes it from the dictionary.
         expired = [name for name, session in self._open.items() if session.until <= now]
         for name in expired:
             self._close(name, ExpiredStep, "waited for its next token longer than a lease")

@@ -58,8 +58,9 @@ def check_tensor_parallel(config: Config) -> None:
         if not is_possible:
             raise SettingError(name, value, f"{words}, with --trunk.tensor-parallel {size}")
     fused = config.kernels == "fused"
+    folder = config_folder(config.model)
     # Blocks without weights, so that a wrong number of processes is found before anything large is loaded.
-    part = empty_part(config_folder(config.model), config.bounds, "trunk", TYPES[config.dtype], fused, classes=0)
+    part = empty_part(folder, config.bounds, "trunk", TYPES[config.dtype], fused, classes=0)
     check_sizes(part, size)
 
 
@@ -98,7 +99,12 @@ def _load_pieces(config: Config, adapter: Path | None, group: ProcessGroup) -> t
     return part, styles
 
 
-def lead(config: Config, adapter: Path | None, group: ProcessGroup, on_loss: Any) -> tuple[Trunk, Blocks]:
+def lead(
+    config: Config,
+    adapter: Path | None,
+    group: ProcessGroup,
+    on_loss: Any,
+) -> tuple[Trunk, Blocks]:
     """Loads the pieces of the first process.
 
     Args:

@@ -173,8 +173,9 @@ class LeadingBlocks(ShardedBlocks):
             return
         shapes = {name: list(tensor.shape) for name, tensor in snapshot.items()}
         learned = [name for name, tensor in snapshot.items() if tensor.requires_grad]
+        rows = [tensor.detach().reshape(-1) for tensor in snapshot.values()]
         # One tensor, since every tensor is a message of its own.
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in snapshot.values()])
+        flat = torch.cat(rows)
         self._say("take_snapshot", [flat], shapes=shapes, learned=learned)
         self._sent = snapshot
 
@@ -195,7 +196,11 @@ class LeadingBlocks(ShardedBlocks):
         return output
 
     def differentiate(
-        self, batch: PendingBatch, output: Output, sent: Mapping[StepKey, Tensor], by_sums: Mapping[StepKey, Tensor]
+        self,
+        batch: PendingBatch,
+        output: Output,
+        sent: Mapping[StepKey, Tensor],
+        by_sums: Mapping[StepKey, Tensor],
     ) -> Gradients:
         """Computes the backward of a batch in all processes; see `Blocks.differentiate`."""
         assert isinstance(output, _NumberedOutput)
@@ -314,7 +319,8 @@ class Follower:
 
     def take_snapshot(self, flat: Tensor, shapes: Mapping[str, Sequence[int]], learned: Sequence[str]) -> None:
         """Takes a snapshot for all steps until the next snapshot."""
-        pieces = flat.split([torch.Size(shape).numel() for shape in shapes.values()])
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        pieces = flat.split(sizes)
         self._snapshot = {}
         for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
             # Leaves again: what crossed between processes has no graph.
@@ -342,8 +348,9 @@ class Follower:
         hidden, output, snapshot = self._graphs.pop(number)
         learned = {name: tensor for name, tensor in snapshot.items() if tensor.requires_grad}
         inputs = [hidden] if wants_input else []
+        leaves = [*learned.values(), *inputs]
         # Zeros for leaves without influence, since all processes must add up tensors of the same sizes.
-        gradients = torch.autograd.grad([output], [*learned.values(), *inputs], [start], materialize_grads=True)
+        gradients = torch.autograd.grad([output], leaves, [start], materialize_grads=True)
         # Not strict: the gradient of the input, the last one, is already equal in all processes.
         self._blocks.summed(dict(zip(learned, gradients, strict=False)))
 

@@ -41,6 +41,7 @@ class StagedTrunk(TrunkPort):
     @functools.cached_property
     def _names(self) -> list[frozenset[str]]:
         """Names of the adapter's tensors, by stage."""
+        # Kept, since the names never change, and each stage sends its whole adapter for them.
         return [frozenset(stage.read().tensors) for stage in self._stages]
 
     def send(self, packet: Packet) -> PendingAnswer:

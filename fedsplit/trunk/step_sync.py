@@ -337,7 +337,12 @@ class Mirror:
             self._take(newest)
 
     def step(
-        self, gradients: Mapping[str, Tensor], count: int, rates: Sequence[float], round: int, is_last: bool = False
+        self,
+        gradients: Mapping[str, Tensor],
+        count: int,
+        rates: Sequence[float],
+        round: int,
+        is_last: bool = False,
     ) -> bool:
         """Makes a step together with the other replicas.
 
@@ -364,5 +369,6 @@ class Mirror:
             return
         self._adapter.write(newest.tensors)
         self._version = newest.version
+        # Steps that other replicas made meanwhile count, too: every replica reports all steps.
         self._counts.steps += max(0, newest.steps - self._steps)
         self._steps = newest.steps

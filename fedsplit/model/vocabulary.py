@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
     "tekken.json",
     "tiktoken.model",
 )
-"""Names of a tokenizer's files in a model's folder."""
+"""Patterns of the names of a tokenizer's files in a model's folder."""
 
 _READY = "tokenizer.json"
 
@@ -52,6 +52,21 @@ def has_vocabulary(folder: Path) -> bool:
     if (folder / _READY).is_file():
         return True
     return any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Returns the files of a model's folder from which transformers makes a tokenizer.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("tokenizer.json", "vocab.json", "config.json"):
+        ...     (folder / name).touch()
+        >>> [file.name for file in tokenizer_files(folder)]
+        ['tokenizer.json', 'vocab.json']
+    """
+    found = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -29,7 +29,7 @@ from fedsplit.model.derivation import family_of
 from fedsplit.model.devices import TYPES
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.unsplit import empty_model, load_unsplit
-from fedsplit.model.vocabulary import TOKENIZER_FILES
+from fedsplit.model.vocabulary import tokenizer_files
 from fedsplit.model.weight_files import find_tensors
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, copy_adapter
 from fedsplit.results.fitting import classes_in, more_than_factors, read_fitting
@@ -202,7 +202,7 @@ def _are_as_merged(folder: Path, weights: Mapping[str, str]) -> bool:
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Saves a model, with the tokenizer of a source folder."""
     model.save_pretrained(folder)
-    files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
+    files = tokenizer_files(source)
     if not (folder / GENERATION).exists():  # transformers writes no such file for a classifier
         files.append(source / GENERATION)
     for file in files:

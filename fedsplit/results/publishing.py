@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fedsplit.errors import InputError, SettingError, one_line
 from fedsplit.model.hub import parse
 from fedsplit.model.sources import ON_HUB, config_folder, hub_name, weights_folder
-from fedsplit.model.vocabulary import TOKENIZER_FILES
+from fedsplit.model.vocabulary import tokenizer_files
 from fedsplit.results.finished import ADAPTER_FILES, CARD, Adapter, copy_adapter
 from fedsplit.settings.config import Config
 
@@ -107,10 +107,8 @@ def _copy_base(adapter: Adapter, folder: Path) -> None:
     """Copies the base model: configuration, tokenizer and weights in safetensors."""
     weights = weights_folder(Config(model=adapter.model, dtype=adapter.dtype))
     about = config_folder(adapter.model)
-    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
-        if (about / name).is_file():
-            shutil.copyfile(about / name, folder / name)
-    for file in sorted(weights.glob("*.safetensors*")):
+    described = [about / "config.json", about / "generation_config.json", *tokenizer_files(about)]
+    for file in [*filter(Path.is_file, described), *sorted(weights.glob("*.safetensors*"))]:
         shutil.copyfile(file, folder / file.name)
 
 

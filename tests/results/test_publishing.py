@@ -13,7 +13,7 @@ from finished_runs import Runs
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsplit.commands import adapters, simulate
 from fedsplit.errors import InputError, SettingError
@@ -68,6 +68,9 @@ def test_an_upload_opens_by_its_own_lines_and_names_no_folder_of_the_machine(
     written = json.loads((tmp_path / "sent" / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "org/mine"
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "sent")
+    words = "Once upon a time"
+    ids = AutoTokenizer.from_pretrained(tmp_path / "sent")(words).input_ids
+    assert ids == AutoTokenizer.from_pretrained(open_run(run).config.model)(words).input_ids
     model = PeftModel.from_pretrained(base, str(tmp_path / "sent"), subfolder="adapter").eval()
     expected = json.loads((run / "summary.json").read_text())["eval_loss"]["after"]
     assert held_out_loss(model, run) == pytest.approx(expected, abs=1e-5)

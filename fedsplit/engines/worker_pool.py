@@ -239,8 +239,9 @@ class _Worker(threading.Thread):
             self._next = None
         except Exception as error:  # noqa: BLE001  # of the work, and told to whoever gave it
             result = error
-        # Before `done`: the work has its result, and `kill_busy` must not kill the process for it.
-        self.is_busy = False
+        # Before `done`: the work has its result, and `kill_busy` must not kill the process for it. The process may be
+        # at its next work already.
+        self.is_busy = self._next is not None
         call.work.done(call.place, result)
 
     def _replace(self) -> None:

@@ -216,14 +216,13 @@ class FewIntegers(Int8):
         30
     """
 
-    def __init__(self, largest: int, seed: int | None = None) -> None:
-        """Prepares for rounding.
+    def __init__(self, largest: int) -> None:
+        """Prepares for rounding to the nearest number.
 
         Args:
             largest: Largest number, from 1 to 7.
-            seed: Seed of the run for stochastic rounding; None for rounding to the nearest number.
         """
-        super().__init__(seed)
+        super().__init__()
         self.top = float(largest)
         self._base = 2 * largest + 1
         self._digits = digits_of_a_byte(self._base)

@@ -112,8 +112,11 @@ def test_a_trunk_that_dies_before_or_after_any_call_changes_no_number(
 ) -> None:
     scene = scenes(case)
     points = points_of(scene.handled)
-    # Clients say that they leave only under schedules with a barrier: eight kinds of calls are left elsewhere.
-    assert len(points) >= 2 * 8, scene.handled
+    # Nobody waits for a client that has not left, so that no client says that it leaves.
+    assert "Leave" not in scene.handled
+    # Where the server does not set the trunk's copies and replicas are not averaged, that was one of nine kinds.
+    kinds = 8 if case in ("shared", "flower", "adaptive", "stages") else 9
+    assert len(points) >= 2 * kinds, scene.handled
     discarded = 0
     for point in points:
         found, events, _ = scene.play({point})
